@@ -1,0 +1,1 @@
+"""The transformer family: layers, positions, attention, mixture of experts, caches; and baselines."""

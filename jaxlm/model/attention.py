@@ -1,0 +1,340 @@
+"""Attention: what a query may see, the backends that compute it, and the module with its projections.
+
+`attend` is the one entry. A backend states what it can honour in its row of `BACKENDS`; asking for more is
+an error that names a backend which can, never a silent fallback.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxlm.errors import UserError, check, check_choice
+from jaxlm.model.cache import LayerCache, write
+from jaxlm.model.layers import Norm, normal_init
+from jaxlm.model.positions import rotate
+from jaxlm.weights import matmul, product
+
+KINDS = ("global", "local")
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """Heads, pattern and variations of the attention layers."""
+
+    num_heads: int = 4  # query heads N
+    num_kv_heads: int = 0  # key/value heads K, a divisor of num_heads (1 = MQA); 0 = num_heads
+    head_dim: int = 0  # H; 0 = model_dim / num_heads
+    pattern: tuple[str, ...] = ("global",)  # one period of layers, each 'global' or 'local'
+    window: int = 0  # tokens that a local layer sees, itself included
+    softcap: float = 0.0  # scores become c tanh(scores / c); 0 = off (Gemma 2)
+    qk_norm: bool = False  # RMSNorm of each query and key head before the rotation
+    sinks: bool = False  # one learned extra logit a head that takes weight and gives nothing (GPT-OSS)
+    qkv_bias: bool = False  # biases on the query, key and value projections
+    out_bias: bool = False  # bias on the output projection
+    scale: float = 0.0  # of the scores; 0 = head_dim ** -0.5
+    backend: str = "reference"  # name in jaxlm.model.attention.BACKENDS
+
+    def __post_init__(self) -> None:
+        check(self.num_heads >= 1, f"model.attention.num_heads={self.num_heads} must be at least 1")
+        check(
+            self.num_kv_heads >= 0 and (self.num_kv_heads == 0 or self.num_heads % self.num_kv_heads == 0),
+            f"model.attention.num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}; "
+            f"valid: {', '.join(str(k) for k in range(1, self.num_heads + 1) if self.num_heads % k == 0)}",
+        )
+        check(len(self.pattern) > 0, "model.attention.pattern must name at least one layer kind")
+        for kind in self.pattern:
+            check_choice(kind, KINDS, "model.attention.pattern")
+        check(
+            "local" not in self.pattern or self.window >= 1,
+            f"model.attention.window={self.window} must be at least 1, as the pattern has local layers",
+        )
+        check(self.softcap >= 0.0, f"model.attention.softcap={self.softcap} must not be negative")
+        check_choice(self.backend, BACKENDS, "model.attention.backend")
+
+    @property
+    def kv_heads(self) -> int:
+        """K."""
+        return self.num_kv_heads or self.num_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """What a query may see: same segment, not later (if causal), within the window, and allowed.
+
+    Segment 0 is padding: nobody sees it. Without segments every key is real. Positions count from the start
+    of a segment, and `window` counts the query itself.
+    """
+
+    q_positions_BT: Int[Array, "B T"]
+    k_positions_BS: Int[Array, "B S"]
+    q_segments_BT: Int[Array, "B T"] | None = None
+    k_segments_BS: Int[Array, "B S"] | None = None
+    causal: bool = True
+    window: int = 0
+    allowed_BTS: Bool[Array, "B T S"] | None = None
+
+    def visible_BTS(self) -> Bool[Array, "#B T S"]:
+        """The mask written out."""
+        distance_BTS = self.q_positions_BT[:, :, None] - self.k_positions_BS[:, None, :]
+        seen = jnp.ones(distance_BTS.shape, bool)
+        if self.causal:
+            seen &= distance_BTS >= 0
+        if self.window:
+            seen &= distance_BTS < self.window
+            if not self.causal:
+                seen &= distance_BTS > -self.window
+        if self.k_segments_BS is not None:
+            seen &= (self.k_segments_BS != 0)[:, None, :]
+            if self.q_segments_BT is not None:
+                seen &= self.q_segments_BT[:, :, None] == self.k_segments_BS[:, None, :]
+        if self.allowed_BTS is not None:
+            seen &= self.allowed_BTS
+        return seen
+
+
+_HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)  # not -inf: a row that sees nothing must not become NaN
+
+
+def reference(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    mask: Mask,
+    *,
+    scale: float,
+    bias_BNTS: Float[Array, "#B N T S"] | None = None,
+    softcap: float = 0.0,
+    sinks_N: Float[Array, " N"] | None = None,
+    dtype: str = "float32",
+    accum: str = "float32",
+) -> Float[Array, "B T N H"]:
+    """Attention written out, scores and softmax in fp32: the other backends' oracle, and fast on a CPU."""
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    G = N // K
+    # Heads before time: small matrix products over contiguous [T, H] blocks, about twice as fast on a CPU.
+    q_BKGTH = (q_BTNH * scale).reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4)
+    k_BKSH, v_BKSH = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
+    scores = product("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, dtype, accum, "float32")
+    if softcap:
+        scores = softcap * jnp.tanh(scores / softcap)
+    if bias_BNTS is not None:
+        scores += bias_BNTS.astype(jnp.float32).reshape(-1, K, G, *bias_BNTS.shape[2:])
+    scores = jnp.where(mask.visible_BTS()[:, None, None], scores, _HIDDEN)
+    if sinks_N is None:
+        probs = jax.nn.softmax(scores, axis=-1)
+    else:
+        sink = sinks_N.astype(jnp.float32).reshape(1, K, G, 1, 1)
+        top = jax.lax.stop_gradient(jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sink))
+        weights = jnp.exp(scores - top)
+        probs = weights / (jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sink - top))
+    out = product("BKGTS,BKSH->BKGTH", probs, v_BKSH, dtype, accum, dtype)
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def xla(q_BTNH, k_BSKH, v_BSKH, mask: Mask, *, scale, bias_BNTS=None, dtype="float32", **_unused):
+    """`jax.nn.dot_product_attention`, XLA's own lowering on every platform."""
+    q, k, v = (a.astype(dtype) for a in (q_BTNH, k_BSKH, v_BSKH))
+    seen = mask.visible_BTS()[:, None]
+    bias = None if bias_BNTS is None else bias_BNTS.astype(q.dtype)
+    return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=seen, scale=scale, implementation="xla")
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """A way to compute attention and what it can honour beyond masks and grouped heads."""
+
+    fn: Callable[..., Array]
+    softcap: bool
+    sinks: bool
+    bias: bool
+
+
+BACKENDS: dict[str, Backend] = {
+    "reference": Backend(reference, softcap=True, sinks=True, bias=True),
+    "xla": Backend(xla, softcap=False, sinks=False, bias=True),
+}
+
+
+def check_backend(name: str, *, softcap: bool, sinks: bool, bias: bool) -> None:
+    """Raise `UserError` if the backend cannot honour what is asked; the message names those that can."""
+    wanted = {"softcap": softcap, "sinks": sinks, "bias": bias}
+    lacking = [what for what, on in wanted.items() if on and not getattr(BACKENDS[name], what)]
+    if lacking:
+        able = [n for n, b in BACKENDS.items() if all(getattr(b, what) for what, on in wanted.items() if on)]
+        choices = " or ".join(map(repr, able))
+        raise UserError(f"model.attention.backend={name!r} has no {' and no '.join(lacking)}; use {choices}")
+
+
+def attend(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    mask: Mask,
+    *,
+    backend: str = "reference",
+    scale: float | None = None,
+    bias_BNTS: Float[Array, "#B N T S"] | None = None,
+    softcap: float = 0.0,
+    sinks_N: Float[Array, " N"] | None = None,
+    dtype: str = "float32",
+    accum: str = "float32",
+) -> Float[Array, "B T N H"]:
+    """softmax(scale q k^T + bias, where visible) v, with N a multiple of K (grouped heads).
+
+    Args:
+        q_BTNH, k_BSKH, v_BSKH: projections, any float dtype.
+        mask: what each query may see.
+        backend: name in `BACKENDS`.
+        scale: of the scores; default H ** -0.5.
+        bias_BNTS: added to the scaled scores (ALiBi, T5).
+        softcap: c tanh(scores / c) before bias and mask; 0 = off.
+        sinks_N: an extra logit a head.
+        dtype, accum: of the products' operands and of their sums.
+
+    Returns:
+        `[B, T, N, H]` in `dtype`. A query that sees nothing gets finite numbers without meaning.
+
+    Raises:
+        UserError: the backend does not offer what is asked.
+    """
+    check_backend(backend, softcap=softcap > 0, sinks=sinks_N is not None, bias=bias_BNTS is not None)
+    scale = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
+    options = dict(
+        scale=scale, bias_BNTS=bias_BNTS, softcap=softcap, sinks_N=sinks_N, dtype=dtype, accum=accum
+    )
+    with jax.named_scope("attend"):
+        return BACKENDS[backend].fn(q_BTNH, k_BSKH, v_BSKH, mask, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What every block reads: positions, segments, position tables, and the memory of cross-attention."""
+
+    positions_BT: Int[Array, "B T"]
+    segments_BT: Int[Array, "B T"] | None = None
+    allowed_BTS: Bool[Array, "B T S"] | None = None  # a further mask, for example of a prefix LM
+    rotation: dict[str, tuple[Array, Array]] | None = None  # layer kind -> (cos, sin)
+    bias: Callable[[Array, Array], Array] | None = None  # (q positions, k positions) -> bias_BNTS
+    memory_BSD: Float[Array, "B S D"] | None = None
+    memory_segments_BS: Int[Array, "B S"] | None = None
+
+
+class Attention(nn.Module):
+    """Projections, rotation, cache and `attend`; with a memory in place of itself it is cross-attention."""
+
+    cfg: AttentionConfig
+    head_dim: int
+    window: int  # 0 = sees everything
+    causal: bool
+    cross: bool
+    interleaved: bool  # pairing of the rotation
+    norm_eps: float
+    init_std: Callable[[int], float]
+    out_scale: float
+    dtype: str
+    param_dtype: str
+    accum_dtype: str
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], ctx: Context, cache: LayerCache | None = None
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        cfg, H, N, K = self.cfg, self.head_dim, self.cfg.num_heads, self.cfg.kv_heads
+        D = x_BTD.shape[-1]
+        dtypes = dict(dtype=self.dtype, accum=self.accum_dtype)
+        init = normal_init(self.init_std(D))
+
+        def project(name: str, source: Array, heads: int) -> Array:
+            axis = "heads" if name == "q" else "kv_heads"
+            w_DNH = self.param(f"w{name}", init, (D, heads, H), self.param_dtype)
+            y = matmul("BTD,DNH->BTNH", source, w_DNH, out=("batch", "length", axis, "head_dim"), **dtypes)
+            if cfg.qkv_bias:
+                b_NH = self.param(f"b{name}", nn.initializers.zeros, (heads, H), self.param_dtype)
+                y = y + b_NH.astype(self.dtype)
+            return y
+
+        source = ctx.memory_BSD if self.cross else x_BTD
+        with jax.named_scope("qkv"):
+            q_BTNH, k_BSKH, v_BSKH = project("q", x_BTD, N), project("k", source, K), project("v", source, K)
+        if cfg.qk_norm:
+            q_BTNH = Norm("rmsnorm", self.norm_eps, self.param_dtype, name="q_norm")(q_BTNH)
+            k_BSKH = Norm("rmsnorm", self.norm_eps, self.param_dtype, name="k_norm")(k_BSKH)
+        if ctx.rotation is not None and not self.cross:
+            with jax.named_scope("rope"):
+                cos, sin = ctx.rotation["local" if self.window else "global"]
+                q_BTNH = rotate(q_BTNH, cos, sin, self.interleaved)
+                k_BSKH = rotate(k_BSKH, cos, sin, self.interleaved)
+
+        if self.cross:
+            S = k_BSKH.shape[1]
+            mask = Mask(
+                ctx.positions_BT,
+                jnp.broadcast_to(jnp.arange(S), (x_BTD.shape[0], S)),
+                k_segments_BS=ctx.memory_segments_BS,
+                causal=False,
+            )
+        elif cache is None:
+            mask = Mask(
+                ctx.positions_BT,
+                ctx.positions_BT,
+                ctx.segments_BT,
+                ctx.segments_BT,
+                self.causal,
+                self.window,
+                ctx.allowed_BTS,
+            )
+        else:
+            k_BSKH, v_BSKH, mask, cache = self._through_cache(k_BSKH, v_BSKH, ctx, cache)
+
+        sinks_N = self.param("sinks", nn.initializers.zeros, (N,), self.param_dtype) if cfg.sinks else None
+        bias = ctx.bias(mask.q_positions_BT, mask.k_positions_BS) if ctx.bias and not self.cross else None
+        out_BTNH = attend(
+            q_BTNH,
+            k_BSKH,
+            v_BSKH,
+            mask,
+            backend=cfg.backend,
+            scale=cfg.scale or H**-0.5,
+            bias_BNTS=bias,
+            softcap=cfg.softcap,
+            sinks_N=sinks_N,
+            **dtypes,
+        )
+        out_init = normal_init(self.init_std(N * H) * self.out_scale)
+        wo_NHD = self.param("wo", out_init, (N, H, D), self.param_dtype)
+        with jax.named_scope("out"):
+            y_BTD = matmul("BTNH,NHD->BTD", out_BTNH, wo_NHD, **dtypes)
+            if cfg.out_bias:
+                y_BTD = y_BTD + self.param("bo", nn.initializers.zeros, (D,), self.param_dtype).astype(
+                    self.dtype
+                )
+        return y_BTD, cache
+
+    def _through_cache(self, k_BTKH: Array, v_BTKH: Array, ctx: Context, cache: LayerCache):
+        """Keys and values to attend to, their mask, and the cache with the new ones written."""
+        real_BT = jnp.ones(ctx.positions_BT.shape, bool) if ctx.segments_BT is None else ctx.segments_BT != 0
+        written = write(cache, k_BTKH, v_BTKH, ctx.positions_BT, real_BT)
+        if self.window and ctx.positions_BT.shape[1] > 1:
+            # Later columns of this call overwrite slots that its earlier ones still see: attend to old and
+            # new apart.
+            k = jnp.concatenate([cache.k_BSKH, k_BTKH.astype(cache.k_BSKH.dtype)], axis=1)
+            v = jnp.concatenate([cache.v_BSKH, v_BTKH.astype(cache.v_BSKH.dtype)], axis=1)
+            positions = jnp.concatenate(
+                [cache.positions_BS, jnp.where(real_BT, ctx.positions_BT, -1)], axis=1
+            )
+        else:
+            k, v, positions = written
+        # A slot that holds nothing is padding; a row of a cache is one document.
+        mask = Mask(
+            ctx.positions_BT,
+            positions,
+            k_segments_BS=(positions >= 0).astype(jnp.int32),
+            causal=self.causal,
+            window=self.window,
+        )
+        return k, v, mask, written

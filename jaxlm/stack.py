@@ -1,0 +1,68 @@
+"""Run L copies of a block: scanned or unrolled, with a remat policy by name. Knows no transformer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+REMAT: dict[str, Callable[..., Any] | None] = {
+    "none": None,  # keep every residual
+    "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep weight products only
+    "full": jax.checkpoint_policies.nothing_saveable,  # keep the block's input alone
+}
+
+
+@jax.custom_vjp
+def unstack(tree: Any) -> list[Any]:
+    """The L slices of a tree whose leaves are stacked along a leading axis of length L."""
+    length = jax.tree.leaves(tree)[0].shape[0]
+    return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(length)]
+
+
+# Autodiff of L slices is L scatters into L zero arrays; stacking the cotangents is one copy.
+unstack.defvjp(
+    lambda tree: (unstack(tree), None),
+    lambda _, gs: (jax.tree.map(lambda *g: jnp.stack(g), *gs),),
+)
+
+
+def rematerialised(block: Callable[..., Any], remat: str, *, scan: bool) -> Callable[..., Any]:
+    """`block` under the remat policy of that name; see `REMAT`."""
+    policy = REMAT[remat]
+    if policy is None:
+        return block
+    return jax.checkpoint(block, policy=policy, prevent_cse=not scan)
+
+
+def run_stack(
+    block: Callable[[Any, Any, Any], tuple[Any, Any]],
+    params: Any,
+    carry: Any,
+    xs: Any = None,
+    *,
+    scan: bool = True,
+    remat: str = "none",
+) -> tuple[Any, Any]:
+    """Apply `block` once per layer: `carry, y = block(params_l, carry, x_l)`.
+
+    Args:
+        block: pure function of (one layer's params, carry, one layer's slice of `xs`).
+        params: tree with leaves stacked along a leading axis of length L.
+        carry: what flows from layer to layer.
+        xs: further per-layer inputs (caches, keys), stacked like `params`, or None.
+        scan: `lax.scan` (one compiled body) or an unrolled Python loop; the values are the same.
+        remat: name in `REMAT`.
+
+    Returns:
+        The last carry, and the per-layer outputs stacked along a leading axis of length L.
+    """
+    body = rematerialised(block, remat, scan=scan)
+    if scan:
+        return jax.lax.scan(lambda c, px: body(px[0], c, px[1]), carry, (params, xs))
+    outs = []
+    layers = unstack(params)
+    for i, params_l in enumerate(layers):
+        carry, y = body(params_l, carry, jax.tree.map(lambda x, i=i: x[i], xs))
+        outs.append(y)
+    return carry, jax.tree.map(lambda *y: jnp.stack(y), *outs)
