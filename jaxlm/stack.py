@@ -6,9 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxlm.weights import PRODUCT
+
 REMAT: dict[str, Callable[..., Any] | None] = {
     "none": None,  # keep every residual
-    "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep weight products only
+    # keep weight products, in their own dtype; by name, as a policy does not see into their custom gradient
+    "minimal": jax.checkpoint_policies.save_only_these_names(PRODUCT),
     "full": jax.checkpoint_policies.nothing_saveable,  # keep the block's input alone
 }
 

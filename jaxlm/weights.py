@@ -8,9 +8,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxlm.sharding import constrain
+
+# The name by which a remat policy finds the results of `matmul`.
+PRODUCT = "matmul"
 
 
 def _split(eqn: str) -> tuple[str, str, str]:
@@ -79,6 +83,7 @@ def matmul(
     'bfloat16'
     """
     y = product(eqn, x, w, str(dtype), str(accum), str(result or dtype))
+    y = checkpoint_name(y, PRODUCT)
     return y if out is None else constrain(y, *out)
 
 

@@ -11,6 +11,7 @@ Linen stops at the block. Above it everything is plain JAX over a nested dict of
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -26,7 +27,7 @@ from jaxlm.model.layers import ACTIVATIONS, MLP, Norm, dropout, normal_init
 from jaxlm.model.moe import MoE, MoEConfig
 from jaxlm.model.positions import PositionConfig
 from jaxlm.sharding import constrain, use
-from jaxlm.stack import REMAT, run_stack
+from jaxlm.stack import REMAT, rematerialised, run_stack
 from jaxlm.weights import gather, matmul
 
 Params = dict[str, Any]
@@ -428,7 +429,8 @@ def apply(
     for j, params_l in sorted(params.get("tail", {}).items(), key=lambda item: int(item[0])):
         cache_l = None if cache is None else cache["tail"][j]
         index = jnp.asarray(repeats * P + int(j))
-        x_BTD, cache_l, aux = layer(blocks[int(j)], params_l, x_BTD, cache_l, index)
+        one = rematerialised(partial(layer, blocks[int(j)]), cfg.remat, scan=False)
+        x_BTD, cache_l, aux = one(params_l, x_BTD, cache_l, index)
         auxes.append(aux)
         if cache is not None:
             new_cache.setdefault("tail", {})[j] = cache_l

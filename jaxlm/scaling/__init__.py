@@ -1,0 +1,1 @@
+"""Scaling science: counting parameters, FLOPs and memory."""

@@ -1,0 +1,426 @@
+"""Parameters, FLOPs and memory of a model, under every convention that a scaling paper has used.
+
+Parameters are counted on the abstract tree that `init` returns, leaf by leaf, so they cannot drift from the
+model. FLOPs count products only (2 per weight and token; embeddings are gathers and cost none); training is
+three times the forward pass. The exact count, which everything of ours uses:
+
+    forward(T) = 2 (weights that meet a token, head included) + sum over layers of 4 N H keys(T)
+
+with keys(T) the mean number of keys that a query sees: T / 2 if causal, T if not, less in a window. Of the
+experts only the `top_k` chosen ones meet a token. `conventions` gives the published alternatives, which
+differ by a factor of two for one and the same model: record them all, and never derive one from another.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import numpy as np
+from rich.table import Table
+
+from jaxlm.model.layers import ACTIVATIONS
+from jaxlm.model.transformer import AXES, TransformerConfig, abstract_params, init_cache
+from jaxlm.sharding import Layout, tree_shardings
+from jaxlm.tree import named_leaves, nbytes
+
+# What a leaf does with a token, by the last component of its name: a product (2 FLOPs per weight) or not.
+PRODUCTS = ("wq", "wk", "wv", "wo", "w_up", "w_gate", "w_down", "router_w")
+PRODUCTS += ("shared_w_up", "shared_w_gate", "shared_w_down", "w")
+LOOKUPS = ("table", "positions")
+VECTORS = ("scale", "bias", "sinks", "router_bias", "bq", "bk", "bv", "bo", "b_up", "b_down")
+EXPERTS = ("moe/w_up", "moe/w_gate", "moe/w_down")  # leaves with a leading expert dimension
+ROOMS = ("embed", "attention", "cross_attention", "mlp", "moe", "position_bias", "head")  # and norms
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Parameters of a model by what they do."""
+
+    rooms: Mapping[str, int]  # every parameter, by the part of the model it stands in
+    total: int
+    embedding: int  # token and position tables; a tied head is this table and is counted here, once
+    head: int  # of an untied model
+    experts: int  # weights of all routed experts
+    active: int  # total, with top_k instead of all experts
+    body_products: (
+        int  # weights of the blocks that one token is multiplied with (top_k experts, router, shared)
+    )
+    head_products: int  # D V, tied or not
+
+    @property
+    def non_embedding(self) -> int:
+        """Everything but the tables and the head (norms and biases included)."""
+        return self.total - self.embedding - self.head
+
+
+@functools.lru_cache(maxsize=256)  # tracing `init` takes up to a second, and a plan counts many models
+def weights(cfg: TransformerConfig) -> Weights:
+    """Counts the leaves of the model's abstract parameters.
+
+    Raises:
+        ValueError: a leaf whose name is in none of PRODUCTS, LOOKUPS, VECTORS.
+    """
+    rooms: dict[str, int] = {}
+    embedding = head = experts = products = 0
+    for name, leaf in named_leaves(abstract_params(cfg)):
+        parts, size = name.split("/"), math.prod(leaf.shape)
+        room = next((part for part in parts if part in ROOMS), "norms")
+        rooms[room] = rooms.get(room, 0) + size
+        if parts[-1] not in (*PRODUCTS, *LOOKUPS, *VECTORS):
+            raise ValueError(
+                f"parameter {name!r} is not known to counting: is it a product, a lookup or a vector?"
+            )
+        if room == "embed":
+            embedding += size
+        elif room == "head":
+            head += size
+        elif "/".join(parts[-2:]) in EXPERTS:
+            experts += size
+        elif parts[-1] in PRODUCTS:
+            products += size
+    total = sum(rooms.values())
+    chosen = experts // cfg.moe.num_experts * cfg.moe.top_k if experts else 0
+    return Weights(
+        rooms=MappingProxyType(rooms),
+        total=total,
+        embedding=embedding,
+        head=head,
+        experts=experts,
+        active=total - experts + chosen,
+        body_products=products + chosen,
+        head_products=cfg.model_dim * cfg.vocab_size,
+    )
+
+
+def mean_keys(seq_len: int, *, window: int = 0, causal: bool = True) -> float:
+    """Mean number of keys that a query of a `seq_len`-token document sees.
+
+    Causal: T / 2, and w - w^2 / (2 T) in a window of w < T. Not causal: T, and 2 w - w^2 / T. The diagonal
+    counts half (T / 2 and not (T + 1) / 2), as in the literature.
+
+    >>> mean_keys(1024), mean_keys(1024, window=256), mean_keys(1024, causal=False)
+    (512.0, 224.0, 1024.0)
+    """
+    reach = min(window, seq_len) if window else seq_len
+    keys = reach - reach * reach / (2 * seq_len)
+    return keys if causal else 2 * keys
+
+
+def forward_flops(cfg: TransformerConfig, seq_len: int, *, whole_scores: bool = False) -> float:
+    """Exact FLOPs per token of a forward pass over rows of `seq_len` tokens; training is 3 times that.
+
+    Args:
+        cfg: the model.
+        seq_len: T.
+        whole_scores: count the whole T x T score matrix of every layer, masked part included: what a backend
+            that writes the matrix out executes. MFU and scaling fits leave it False.
+    """
+    counted = weights(cfg)
+    return 2.0 * (counted.body_products + counted.head_products) + _score_flops(cfg, seq_len, whole_scores)
+
+
+def _score_flops(cfg: TransformerConfig, seq_len: int, whole: bool) -> float:
+    """FLOPs per token of q k^T and probabilities times v, all layers."""
+    keys = [
+        float(seq_len)
+        if whole
+        else mean_keys(seq_len, window=cfg.attention.window if kind == "local" else 0, causal=cfg.causal)
+        for kind, _ in cfg.layer_kinds
+    ]
+    return 4.0 * cfg.attention.num_heads * cfg.head_dim * sum(keys)
+
+
+def hardware_flops(cfg: TransformerConfig, seq_len: int) -> float:
+    """FLOPs per token that a training step executes: the whole score matrix, and what remat computes again.
+
+    full: the products of the blocks once more. minimal: the scores and the experts (products with batch
+    dimensions) once more. An upper bound: the compiler may drop a recomputed product that no gradient needs.
+    Not in it: logits that the loss computes twice, and unchosen experts (the `dense` dropless backend).
+    """
+    counted, scores = weights(cfg), _score_flops(cfg, seq_len, whole=True)
+    chosen = counted.active - (counted.total - counted.experts)
+    again = {"none": 0.0, "minimal": scores + 2.0 * chosen, "full": scores + 2.0 * counted.body_products}
+    return 3.0 * forward_flops(cfg, seq_len, whole_scores=True) + again[cfg.remat]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The plain numbers that published conventions are written in."""
+
+    layers: int  # n
+    heads: int  # h
+    head_dim: int  # k
+    model_dim: int  # d
+    vocab_size: int  # V
+    body: int  # product weights of all blocks that meet a token; 12 n d^2 in the standard shape
+
+    @classmethod
+    def standard(cls, layers: int, model_dim: int, heads: int, vocab_size: int, mlp_dim: int = 0) -> "Shape":
+        """The shape of GPT-2: h k = d, two MLP matrices, width 4 d unless given."""
+        per_layer = 4 * model_dim**2 + 2 * model_dim * (mlp_dim or 4 * model_dim)
+        return cls(layers, heads, model_dim // heads, model_dim, vocab_size, layers * per_layer)
+
+    @classmethod
+    def of(cls, cfg: TransformerConfig) -> "Shape":
+        """The shape of a model; gated MLPs, grouped heads and experts enter through `body`."""
+        body = weights(cfg).body_products
+        return cls(cfg.num_layers, cfg.attention.num_heads, cfg.head_dim, cfg.model_dim, cfg.vocab_size, body)
+
+
+def conventions(shape: Shape, seq_len: int) -> dict[str, int]:
+    """Training FLOPs per token as published papers count them. N_b = `shape.body`, N_h = V d, A = n T h k.
+
+        kaplan              6 N_b                     arXiv:2001.08361, C = 6 N D
+        kaplan_attention    6 N_b + 6 A               the same with its attention term (causal mean)
+        6nd                 6 (N_b + N_h)             the common rule; Porian's "standard", arXiv:2406.19146
+        porian_attention    6 (N_b + N_h) + 6 A       Porian's with attention: exact if dense and causal
+        palm                6 (N_b + N_h) + 12 A      arXiv:2204.02311 appendix B
+        deepseek            6 N_b + 12 A              arXiv:2401.02954 eq. 2: M = 72 n d^2 + 12 n d T
+        chinchilla          3 (4 V d + 2 N_b + n (4 T h k + 3 h T))    arXiv:2203.15556 appendix F as printed
+        chinchilla_table_a4 3 (2 N_b + n (4 T h k + 3 h T))            what the paper's table A4 was made with
+
+    None of them knows windows or bidirectional attention; `forward_flops` does.
+
+    >>> conventions(Shape.standard(layers=12, model_dim=768, heads=12, vocab_size=50257), 1024)["kaplan"]
+    509607936
+    """
+    body, head = shape.body, shape.vocab_size * shape.model_dim
+    scores = shape.layers * seq_len * shape.heads * shape.head_dim
+    chinchilla_blocks = 2 * body + 4 * scores + 3 * shape.layers * shape.heads * seq_len
+    return {
+        "kaplan": 6 * body,
+        "kaplan_attention": 6 * body + 6 * scores,
+        "6nd": 6 * (body + head),
+        "porian_attention": 6 * (body + head) + 6 * scores,
+        "palm": 6 * (body + head) + 12 * scores,
+        "deepseek": 6 * body + 12 * scores,
+        "chinchilla": 3 * (4 * head + chinchilla_blocks),
+        "chinchilla_table_a4": 3 * chinchilla_blocks,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """Every count of one model at one sequence length; FLOPs are per token."""
+
+    seq_len: int  # T
+    n_total: int  # all parameters
+    n_embedding: int  # token and position tables (a tied head is one of them)
+    n_head: int  # untied head; 0 if tied
+    n_non_embedding: int  # n_total - n_embedding - n_head
+    n_active: int  # n_total with top_k of the experts
+    n_products: int  # weights that one token is multiplied with, head included
+    rooms: Mapping[str, int]  # parameters by part of the model
+    flops_forward: float  # exact, forward
+    flops_train: float  # exact, 3 x forward: the count for MFU and scaling fits
+    flops_attention: float  # share of flops_train spent on scores
+    flops_head: float  # share of flops_train spent on logits
+    flops_hardware: float  # executed by a training step whose backend writes the scores out, remat included
+    conventions: Mapping[str, int]  # training FLOPs as others count them
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, for `result.json`."""
+        return dataclasses.asdict(self)
+
+
+def count(cfg: TransformerConfig, seq_len: int) -> Counts:
+    """Every count of `cfg` on documents of `seq_len` tokens.
+
+    Raises:
+        ValueError: seq_len below 1.
+    """
+    if seq_len < 1:
+        raise ValueError(f"seq_len={seq_len} must be at least 1")
+    counted = weights(cfg)
+    forward = forward_flops(cfg, seq_len)
+    return Counts(
+        seq_len=seq_len,
+        n_total=counted.total,
+        n_embedding=counted.embedding,
+        n_head=counted.head,
+        n_non_embedding=counted.non_embedding,
+        n_active=counted.active,
+        n_products=counted.body_products + counted.head_products,
+        rooms=dict(counted.rooms),
+        flops_forward=forward,
+        flops_train=3 * forward,
+        flops_attention=3 * _score_flops(cfg, seq_len, whole=False),
+        flops_head=6.0 * counted.head_products,
+        flops_hardware=hardware_flops(cfg, seq_len),
+        conventions=conventions(Shape.of(cfg), seq_len),
+    )
+
+
+# --- Memory ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes per device of a training step, estimated; `kv_cache` is generation's and not in the total."""
+
+    params: int
+    grads: int
+    opt_state: int
+    activations: int
+    logits: int
+    kv_cache: int
+
+    @property
+    def total(self) -> int:
+        """Peak of a training step: all but the cache."""
+        return self.params + self.grads + self.opt_state + self.activations + self.logits
+
+    def to_dict(self) -> dict[str, int]:
+        """Plain numbers, for `result.json`."""
+        return {**dataclasses.asdict(self), "total": self.total}
+
+
+def memory(
+    cfg: TransformerConfig,
+    *,
+    batch_size: int,
+    seq_len: int,
+    layout: Layout | None = None,
+    opt_state: Any = None,
+    microbatches: int = 1,
+    logit_tokens: int = 0,
+    axes: Mapping[str, Sequence[str | None]] = AXES,
+) -> Memory:
+    """Estimated bytes per device.
+
+    Parameters, gradients, optimizer state and cache are exact sums over leaves. Activations are those kept
+    for the backward pass, in bytes per layer and token:
+
+        none     s (d D + (2 N + 2 K) H / t + a F / t + 2 k D) + 12 n D + 8 S N / t
+        minimal  s (e D + (N + 2 K) H / t + m F / t + k D)       and `none` of one period of layers
+        full     s D / layers of a period                        and `none` of one period of layers
+
+    with s the bytes of the compute dtype, t the ways that heads and MLP are split, F the MLP width that a
+    token passes through, a = 4 and m = 1 (gated: 6 and 2), d = 2 (parallel block: 1), e = d (3 where a norm
+    follows the branch), n norms (2; sandwich 4, parallel 1), k chosen experts (0 if dense), and S keys. Norms
+    and probabilities are kept in fp32, the latter twice by a backend that writes them out. ReLU keeps less.
+
+    Logits and their gradient are 8 bytes x tokens x V / t. Not in it: gradients that flow between layers, and
+    what the compiler adds or fuses away; the `memory_analysis` of the compiled step has the last word.
+
+    Args:
+        cfg: the model.
+        batch_size: rows of the whole batch, over all devices.
+        seq_len: T; also the length of the cache.
+        layout: mesh and rules; None = one device.
+        opt_state: abstract optimizer state; its leaves' shardings are read if they have any. None: two fp32
+            copies of the parameters (Adam).
+        microbatches: M; with more than one the gradient is summed in fp32.
+        logit_tokens: tokens whose logits a device holds at once (the loss's chunk); 0 = all of a microbatch.
+        axes: the model's table of logical axes.
+    """
+    params = abstract_params(cfg)
+    split = _sizes(params, None if layout is None else tree_shardings(layout, params, axes))
+    elements = sum(count for count, _ in split)
+    held = sum(count * itemsize for count, itemsize in split)
+    if opt_state is None:
+        optimizer = 8 * elements
+    else:
+        optimizer = sum(count * itemsize for count, itemsize in _sizes(opt_state, None))
+    shards = {
+        axis: 1 if layout is None else layout.shards(axis)
+        for axis in ("batch", "heads", "kv_heads", "mlp", "vocab")
+    }
+    rows = math.ceil(batch_size / (microbatches * shards["batch"]))
+    tokens = rows * seq_len
+    logits = 8 * min(logit_tokens or tokens, tokens) * cfg.vocab_size // shards["vocab"]
+    cache = jax.eval_shape(lambda: init_cache(cfg, math.ceil(batch_size / shards["batch"]), seq_len))
+    return Memory(
+        params=held,
+        grads=held + (4 * elements if microbatches > 1 else 0),
+        opt_state=optimizer,
+        activations=round(tokens * _activation_bytes(cfg, seq_len, shards)),
+        logits=logits,
+        kv_cache=nbytes(cache) // shards["kv_heads"],
+    )
+
+
+def _sizes(tree: Any, shardings: Any) -> list[tuple[int, int]]:
+    """(elements on one device, bytes of one) of every leaf; `shardings` None: the leaves' own, if any."""
+    leaves, places = jax.tree.leaves(tree), jax.tree.leaves(shardings)
+    places = places or [getattr(leaf, "sharding", None) for leaf in leaves]
+    shapes = [x.shape if p is None else p.shard_shape(x.shape) for x, p in zip(leaves, places, strict=True)]
+    return [(math.prod(shape), np.dtype(x.dtype).itemsize) for x, shape in zip(leaves, shapes, strict=True)]
+
+
+def _activation_bytes(cfg: TransformerConfig, seq_len: int, shards: Mapping[str, int]) -> float:
+    """Bytes per token that the layers keep for the backward pass; see `memory`."""
+    s = np.dtype(cfg.dtype).itemsize
+    D, N, K, H = cfg.model_dim, cfg.attention.num_heads, cfg.attention.kv_heads, cfg.head_dim
+    n, k = N / shards["heads"], K / shards["kv_heads"]
+    gated = ACTIVATIONS[cfg.activation][1]
+    inputs, norms = (1, 1) if cfg.parallel_block else (2, 4 if cfg.norm_position == "sandwich" else 2)
+    outputs = inputs + (cfg.norm_position != "pre")
+
+    def widths(kind: str) -> tuple[float, int]:
+        """(MLP width, rows sent to experts) of a token."""
+        if kind == "dense":
+            return cfg.mlp_width / shards["mlp"], 0
+        width = (cfg.moe.expert_dim or cfg.mlp_width) * (cfg.moe.top_k + cfg.moe.shared_experts)
+        return width / shards["mlp"], cfg.moe.top_k
+
+    def whole(kind: str) -> float:
+        width, sent = widths(kind)
+        kept = (inputs + 2 * sent) * D + 2 * (n + k) * H + (6 if gated else 4) * width
+        return s * kept + 12 * norms * D + 8 * seq_len * n
+
+    def products(kind: str) -> float:
+        width, sent = widths(kind)
+        return s * ((outputs + sent) * D + (n + 2 * k) * H + (2 if gated else 1) * width)
+
+    kinds, P = [mlp for _, mlp in cfg.layer_kinds], cfg.period
+    if cfg.remat == "none":
+        return sum(map(whole, kinds))
+    units = cfg.num_layers // P
+    stacked, tail = kinds[: units * P], kinds[units * P :]  # the tail is not rematerialised
+    kept = sum(map(products, stacked)) if cfg.remat == "minimal" else units * s * D
+    return kept + sum(map(whole, kinds[:P])) + sum(map(whole, tail))
+
+
+# --- Tables for people ---
+
+
+def tables(counts: Counts, estimate: Memory | None = None) -> list[Table]:
+    """Rich tables of parameters per room, FLOPs per token under every convention, and memory per device."""
+    params = Table(title="parameters", title_justify="left")
+    params.add_column("part")
+    params.add_column("count", justify="right")
+    params.add_column("share", justify="right")
+    for room, size in counts.rooms.items():
+        params.add_row(room, f"{size:,}", f"{size / counts.n_total:.1%}")
+    params.add_section()
+    for name in ("n_total", "n_embedding", "n_head", "n_non_embedding", "n_active"):
+        size = getattr(counts, name)
+        params.add_row(name, f"{size:,}", f"{size / counts.n_total:.1%}")
+
+    flops = Table(title=f"FLOPs per token, T = {counts.seq_len}", title_justify="left")
+    flops.add_column("convention")
+    flops.add_column("training", justify="right")
+    flops.add_column("of exact", justify="right")
+    rows = {
+        "exact (use this)": counts.flops_train,
+        "  of which attention scores": counts.flops_attention,
+        "  of which head": counts.flops_head,
+        "executed (whole scores, remat)": counts.flops_hardware,
+        **counts.conventions,
+    }
+    for name, value in rows.items():
+        flops.add_row(name, f"{value:,.0f}", f"{value / counts.flops_train:.2f}")
+    if estimate is None:
+        return [params, flops]
+
+    memory_table = Table(title="memory per device, estimated", title_justify="left")
+    memory_table.add_column("what")
+    memory_table.add_column("MiB", justify="right")
+    for name, size in estimate.to_dict().items():
+        memory_table.add_row(name, f"{size / 2**20:,.1f}")
+    return [params, flops, memory_table]
