@@ -70,8 +70,8 @@ def _seed_key(seed: int) -> jax.Array:
 def follow_params(tree: Any, params: Params, shardings: Any, mesh: Any) -> Any:
     """Shardings for `tree`, each leaf laid out like the parameter whose name ends its own name.
 
-    A leaf with one dimension less than its parameter (Adafactor's row and column statistics) takes the
-    parameter's layout without that dimension; a leaf of any other shape is replicated.
+    A leaf whose dimensions are those of its parameter or 1 (Adafactor's row and column statistics) is split
+    where they agree; a leaf of any other shape is replicated.
 
     Args:
         tree: optimizer state (arrays or `ShapeDtypeStruct`s).
@@ -100,12 +100,10 @@ def follow_params(tree: Any, params: Params, shardings: Any, mesh: Any) -> Any:
 def _matching_spec(shape: tuple[int, ...], owner: tuple[int, ...], spec: PartitionSpec) -> PartitionSpec:
     """The part of a parameter's spec that fits an array of `shape`."""
     dims = tuple(spec) + (None,) * (len(owner) - len(spec))
-    if shape == owner:
-        return PartitionSpec(*dims)
-    for gone in range(len(owner)):
-        if shape == owner[:gone] + owner[gone + 1 :]:
-            return PartitionSpec(*(dims[:gone] + dims[gone + 1 :]))
-    return PartitionSpec()
+    if len(shape) != len(owner) or any(n not in (1, whole) for n, whole in zip(shape, owner, strict=True)):
+        return PartitionSpec()
+    pairs = zip(shape, owner, dims, strict=True)
+    return PartitionSpec(*[dim if n == whole else None for n, whole, dim in pairs])
 
 
 def state_shardings(layout: Layout, state: TrainState, table: Axes) -> TrainState:

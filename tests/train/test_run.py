@@ -167,13 +167,13 @@ def test_the_result_says_what_was_done(finished):
 
 
 def test_three_programs_are_compiled_besides_sampling(finished):
-    """init, train step, eval step; `start` and `decode_chunk` are the sampler's. Nothing is compiled twice."""
+    """init, train step, eval step; `start` and `decode_chunk` are the sampler's. Nothing compiles twice."""
     _, _, result = finished
     programs = result.compilation["programs"]
     names = {"build", "step", "eval_step", "start", "decode_chunk"}
     assert {name: len(programs[name]) for name in names} == dict.fromkeys(names, 1)
-    # `jax.random.key(seed)` is a program of its own.
-    assert set(programs) - names == {"_threefry_seed"}
+    # Besides: `jax.random.key(seed)`, and the copy that a checkpoint takes of the state.
+    assert set(programs) - names <= {"_threefry_seed", "stage"}
 
 
 def test_samples_follow_their_prompts(finished):
@@ -191,21 +191,21 @@ def test_a_finished_run_is_not_run_again(finished):
 
 
 def test_resume_equals_uninterrupted_to_the_bit(finished, tmp_path, monkeypatch):
-    """Stopped after steps 1 (before the first periodic save) and 4: parameters, moments, key and rows agree."""
+    """Stopped between two periodic saves: parameters, moments, key and the rows of metrics agree."""
     cfg, workdir, _ = finished
-    result = stop_and_go_on(cfg, tmp_path / "cut", [1, 4], monkeypatch)
+    result = stop_and_go_on(cfg, tmp_path / "cut", [3], monkeypatch)
     assert result.status == "finished"
     whole, cut = final_state(cfg, workdir), final_state(cfg, tmp_path / "cut")
     assert whole.keys() == cut.keys()
     for name in whole:
         np.testing.assert_array_equal(whole[name], cut[name], err_msg=name)
     assert numbers(workdir) == numbers(tmp_path / "cut")
-    assert len(json.loads((tmp_path / "cut" / "config.json").read_text())["starts"]) == 3
+    assert len(json.loads((tmp_path / "cut" / "config.json").read_text())["starts"]) == 2
     assert (tmp_path / "cut" / "samples.txt").read_text() == (workdir / "samples.txt").read_text()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["muon", "adafactor", "lion"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor", "lion"])
 def test_resume_at_every_step(texts, tmp_path, monkeypatch, optimizer):
     cfg = config(texts, optim={"name": optimizer, "ema": 0.9, "lr": 1e-3})
     train(cfg, tmp_path / "whole", bar=False)
@@ -253,8 +253,8 @@ def test_a_second_process_is_refused(finished):
     ("groups", "message"),
     [
         (
-            {"data": {"batch_size": 12}},
-            "data.batch_size=12 is not divisible by train.microbatches=2 x 8 mesh devices",
+            {"data": {"batch_size": 24}, "mesh": {"data": 8}},
+            "data.batch_size=24 is not divisible by train.microbatches=2 x 8 mesh devices",
         ),
         (
             {"mesh": {"data": 16}},
@@ -270,7 +270,7 @@ def test_a_second_process_is_refused(finished):
         ({"data": {"train": ""}}, "data.train names no files"),
         ({"data": {"tokenizer": "/nowhere.model"}}, "tokenizer '/nowhere.model' does not exist"),
         ({"train": {"warm_start": "/nowhere"}}, "/nowhere holds no checkpoint"),
-        ({"optim": {"warmup": 100.0}}, "longer than the run of 6"),
+        ({"optim": {"warmup": 100.0}}, "do not fit in the run of 6"),
     ],
 )
 def test_bad_input_is_refused_before_work_is_spent(texts, tmp_path, groups, message):
@@ -302,7 +302,7 @@ def test_changed_data_is_refused_at_resume(finished, texts, tmp_path, monkeypatc
         patched.setattr(run, "StopSignals", StopAt(1))
         train(cfg, tmp_path / "run", bar=False)
     (copies / "train_a.txt").write_text("other words")
-    with pytest.raises(UserError, match="the training data has changed"):
+    with pytest.raises(UserError, match="the training data is not what"):
         train(cfg, tmp_path / "run", bar=False)
 
 
@@ -352,7 +352,7 @@ def test_a_diverging_run_stops_with_a_message(texts, tmp_path):
 def test_a_warm_start_takes_the_parameters_of_another_run(finished, texts, tmp_path):
     _, workdir, _ = finished
     cfg = config(
-        texts, train={"warm_start": str(workdir), "num_steps": 1, "eval_every": 0}, optim={"lr": 0.0}
+        texts, train={"warm_start": str(workdir), "num_steps": 3, "eval_every": 0}, optim={"lr": 0.0}
     )
     train(cfg, tmp_path / "warm", bar=False)
     before, after = load_trained(workdir).params, load_trained(tmp_path / "warm").params
@@ -382,7 +382,7 @@ def command(*words, **env):
 
 @pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
-    """Real processes: one is stopped while training (exit code 75), a second one is refused meanwhile, a third
+    """Real processes: one is stopped while training (exit code 75), a second is refused meanwhile, a third
     goes on where the first stopped."""
     workdir = tmp_path / "run"
     words = [

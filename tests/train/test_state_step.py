@@ -92,14 +92,14 @@ def test_factored_statistics_keep_the_layout_of_the_dimensions_that_are_left(toy
     params = {"mlp": {"w": jax.ShapeDtypeStruct((3, 16, 32), jnp.float32)}}
     spec = NamedSharding(layout.mesh, PartitionSpec(None, "fsdp", "tensor"))
     statistics = {
-        "row": {"mlp": {"w": jax.ShapeDtypeStruct((3, 16), jnp.float32)}},
-        "column": {"mlp": {"w": jax.ShapeDtypeStruct((3, 32), jnp.float32)}},
+        "row": {"mlp": {"w": jax.ShapeDtypeStruct((3, 16, 1), jnp.float32)}},
+        "column": {"mlp": {"w": jax.ShapeDtypeStruct((3, 1, 32), jnp.float32)}},
         "none": {"mlp": {"w": jax.ShapeDtypeStruct((1,), jnp.float32)}},
         "count": jax.ShapeDtypeStruct((), jnp.int32),
     }
     got = dict(named_leaves(follow_params(statistics, params, {"mlp": {"w": spec}}, layout.mesh)))
-    assert got["row/mlp/w"].spec == PartitionSpec(None, "fsdp")
-    assert got["column/mlp/w"].spec == PartitionSpec(None, "tensor")
+    assert got["row/mlp/w"].spec == PartitionSpec(None, "fsdp", None)
+    assert got["column/mlp/w"].spec == PartitionSpec(None, None, "tensor")
     assert got["none/mlp/w"].spec == PartitionSpec() == got["count"].spec
 
 

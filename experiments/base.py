@@ -1,0 +1,200 @@
+"""Every knob of a run, set to its default: the file to copy for an experiment of your own.
+
+Claim: none; write what your experiment is to show. Delete every line that you do not change: a default lives
+in the dataclass field, and `jaxlm config` prints them all.
+Command: jaxlm train --config=experiments/base.py --workdir=runs/base --config.data.train='my/*.txt'
+Hardware: one CPU core.
+Expected: not run yet; this file is for copying.
+Last run: none.
+
+`:smoke` trains on Python's own source code, byte tokens, for a few steps on a CPU.
+"""
+
+import os
+
+from ml_collections import ConfigDict
+
+from jaxlm.config import default_config
+from jaxlm.errors import check_choice
+
+
+def get_config(size: str = "full") -> ConfigDict:
+    check_choice(size, ("full", "smoke"), "base.py:")
+    config = default_config()
+
+    config.seed = 0  # of parameters, dropout and samples; the order of the data has its own, data.seed
+
+    # Shape and variations of a transformer stack.
+    model = config.model
+    model.vocab_size = 256  # V
+    model.num_layers = 4  # L
+    model.model_dim = 128  # D
+    model.mlp_dim = 0  # F, width of a dense MLP; 0 = 4 D
+    model.mlp_pattern = ("dense",)  # one period of layers, each 'dense' or 'moe'
+    model.activation = "swiglu"  # name in jaxlm.model.layers.ACTIVATIONS
+    model.mlp_bias = False  # biases in the dense MLPs
+    model.norm = "rmsnorm"  # rmsnorm | layernorm
+    model.norm_eps = 1e-06  # added to the variance
+    model.norm_position = "pre"  # pre: x + f(n(x)) | post: n(x + f(x)) | sandwich: x + n(f(n(x)))
+    model.parallel_block = False  # x + attention(n(x)) + mlp(n(x)), one norm (GPT-J, PaLM)
+    model.tie_embeddings = False  # the head is the embedding table
+    model.scale_embeddings = False  # embeddings times sqrt(D) (Gemma)
+    model.logit_softcap = 0.0  # logits become c tanh(logits / c); 0 = off
+    model.dropout = 0.0  # of the embeddings and of each branch before it is added
+    model.causal = True  # False: every position sees its whole segment
+    model.init_std = 0.02  # of weights; 0 = fan_in ** -0.5
+    model.scan = True  # lax.scan over the layers, or an unrolled loop
+    model.remat = "none"  # none | minimal | full: name in jaxlm.stack.REMAT
+    model.dtype = "float32"  # operands of products, and activations
+    model.param_dtype = "float32"  # stored parameters
+    model.accum_dtype = "float32"  # sums inside products
+
+    model.attention.num_heads = 4  # query heads N
+    model.attention.num_kv_heads = 0  # key/value heads K, a divisor of num_heads (1 = MQA); 0 = num_heads
+    model.attention.head_dim = 0  # H; 0 = model_dim / num_heads
+    model.attention.pattern = ("global",)  # one period of layers, each 'global' or 'local'
+    model.attention.window = 0  # tokens that a local layer sees, itself included
+    model.attention.softcap = 0.0  # scores become c tanh(scores / c); 0 = off (Gemma 2)
+    model.attention.qk_norm = False  # RMSNorm of each query and key head before the rotation
+    # one learned extra logit a head that takes weight and gives nothing (GPT-OSS)
+    model.attention.sinks = False
+    model.attention.qkv_bias = False  # biases on the query, key and value projections
+    model.attention.out_bias = False  # bias on the output projection
+    model.attention.scale = 0.0  # of the scores; 0 = head_dim ** -0.5
+    model.attention.backend = "reference"  # name in jaxlm.model.attention.BACKENDS
+
+    model.position.kind = "rope"  # rope | alibi | learned | sinusoidal | t5 | none
+    model.position.theta = 10000.0  # RoPE base: pair i turns theta ** (-2 i / R) radians per token
+    model.position.local_theta = 0.0  # RoPE base of local layers, then not scaled; 0 = as global layers
+    model.position.fraction = 1.0  # leading share of head_dim that rotates (partial RoPE)
+    # pairs are (0, 1), (2, 3).. as in GPT-J; default pairs are (i, i + R/2)
+    model.position.interleaved = False
+    model.position.scaling = "none"  # context extension: none | linear | ntk | yarn | llama3
+    model.position.factor = 1.0  # context extension ratio, >= 1
+    model.position.original_length = 0  # tokens of context before extension (yarn, llama3)
+    # llama3: wavelengths above original_length / this are fully interpolated
+    model.position.low_freq_factor = 1.0
+    model.position.high_freq_factor = 4.0  # llama3: wavelengths below original_length / this are left alone
+    model.position.beta_fast = 32.0  # yarn: pairs with more turns than this in original_length are left alone
+    model.position.beta_slow = 1.0  # yarn: pairs with fewer turns than this are fully interpolated
+    model.position.attention_factor = 0.0  # multiplies cos and sin; 0 = by formula (yarn: 0.1 ln factor + 1)
+    model.position.max_length = 0  # rows of the learned table
+    model.position.num_buckets = 32  # t5: rows of the bias table
+    model.position.max_distance = 128  # t5: distances from here on share the last bucket
+
+    model.moe.num_experts = 0  # E; 0 = the model has no MoE layers
+    model.moe.top_k = 2  # experts per token
+    model.moe.expert_dim = 0  # width of each expert; 0 = mlp_dim
+    model.moe.shared_experts = 0  # experts that every token passes through, each expert_dim wide
+    model.moe.router = "softmax"  # scores: softmax over experts | sigmoid of each (DeepSeek-V3)
+    model.moe.normalize = True  # weights of the chosen experts sum to 1 (times routed_scale)
+    model.moe.routed_scale = 1.0  # multiplies the weights
+    model.moe.dispatch = "dropless"  # dropless | capacity
+    model.moe.capacity_factor = 1.25  # C = ceil(this * T * top_k / E) tokens per expert and row (capacity)
+    model.moe.dropless_backend = "auto"  # auto | dense | loop | ragged, see `dropless_backend`
+    model.moe.load_balance = 0.01  # coefficient of the load-balance loss
+    model.moe.router_z = 0.001  # coefficient of the router z-loss
+    # loss-free balancing: a learned bias per expert that moves selection only
+    model.moe.bias_balancing = False
+
+    # What to train on, in which order, and what to evaluate on.
+    data = config.data
+    # 'byte', a SentencePiece *.model, a Hugging Face tokenizer.json or a folder with one
+    data.tokenizer = "byte"
+    data.train = ""  # glob, 'glob=weight,glob=weight' or ((glob, weight), ...) of text or prepared folders
+    data.eval = ""  # glob of the pinned eval set
+    data.text_key = "text"  # JSON field or Parquet column of the text
+    data.seq_len = 256  # T, targets in a row
+    data.batch_size = 16  # B, rows of a step over all hosts
+    data.packing = "concat"  # concat, first_fit or pad
+    data.seed = 0  # of the order
+    data.prefetch = 2  # batches made ahead of the step
+    data.cache_dir = ""  # token shards of raw text; '' = beside the run directory
+    data.workers = 0  # processes that tokenise raw text; 0 = all cores
+    data.eval_tokens = 0  # evaluate on the first so many tokens; 0 = all
+
+    # How parameters are updated. Fractions are shares of the run, regexes are searched in leaf names.
+    optim = config.optim
+    optim.name = "adamw"  # adamw | adafactor | lion | muon | sgd
+    optim.lr = 0.0003  # peak learning rate
+    optim.schedule = "cosine"  # constant | cosine | linear | wsd | inverse_sqrt, after the warm-up
+    optim.final = 0.1  # learning rate at the end of the run (floor of inverse_sqrt), as a share of lr
+    optim.warmup = 0.02  # length of the linear warm-up from 0, in warmup_unit
+    optim.warmup_unit = "fraction"  # steps | tokens | fraction (of the run)
+    optim.cooldown = 0.2  # wsd: share of the run spent going from lr to final
+    optim.cooldown_shape = "1-sqrt"  # wsd: 1-sqrt | linear
+    optim.b1 = 0.9  # AdamW: decay of the first moment; Lion: momentum's share of the update's direction
+    optim.b2 = 0.95  # AdamW: decay of the second moment; Lion: decay of the momentum (0.99 is usual)
+    optim.eps = 1e-08  # added to AdamW's root second moment
+    optim.momentum = 0.95  # SGD (heavy ball, 0 = none) and Muon (Nesterov)
+    optim.weight_decay = 0.1  # decoupled: each update subtracts lr * multiplier * weight_decay * parameter
+    # leaves that are not decayed; leaves of fewer than two dimensions never are
+    optim.no_decay = r"(^|/)(scale|bias|sinks|router_bias|b[qkvo]|b_\w+|\w*norm)$|(^|/)position_bias/"
+    optim.clip_norm = 1.0  # largest global gradient norm; 0 = no clipping
+    optim.multipliers = ()  # (regex, factor) pairs on the learning rate; all that match multiply
+    optim.ema = 0.0  # decay of an average of the parameters kept beside them; 0 = none
+    optim.muon_rms = 0.2  # Muon: RMS of an update at lr 1; 0 = scale by sqrt(max(1, columns / rows))
+    optim.muon_skip = "(^|/)(embed|head)/|(^|/)router_w$"  # Muon: matrices that take AdamW, as all vectors do
+    optim.factor_min = 128  # Adafactor: matrices with fewer rows or columns keep a whole second moment
+    optim.parameter_scale = False  # Adafactor: multiply each update by its parameter's RMS (at least 1e-3)
+    optim.router_bias_rate = 0.001  # step of loss-free expert balancing; has no schedule
+
+    # What is added to the negative log-likelihood, and how much of it is computed at a time.
+    loss = config.loss
+    loss.z_loss = 0.0  # weight of logsumexp(logits)^2, which keeps logits near normalised (PaLM: 1e-4)
+    loss.label_smoothing = 0.0  # share of each target that is spread evenly over the vocabulary
+    loss.chunk = 64  # columns of the batch, all rows, whose logits exist at a time; 0 = all, by autodiff
+    loss.per_position = False  # report the loss at each position in its document, too
+
+    # Sizes of the mesh axes; -1 on one of them takes all devices that the others leave.
+    mesh = config.mesh
+    mesh.data = -1  # replicas of the parameters, each with its own rows of the batch
+    mesh.fsdp = 1  # parameters, gradients and optimizer state split along `embed`; rows split too
+    mesh.tensor = 1  # heads, mlp and vocabulary split (Megatron layout)
+    mesh.expert = 1  # experts split; rows split too
+
+    # What the loop does and how often; steps count updates of the parameters.
+    train = config.train
+    train.num_steps = 1000  # updates in the whole run
+    # parts into which a step's batch is cut, one after another; same update, less memory
+    train.microbatches = 1
+    train.log_every = 10  # steps between lines of metrics
+    train.eval_every = 0  # steps between evaluations; 0 = at the end only
+    train.sample_every = 0  # steps between samples; 0 = at the end only
+    train.save_every = 0  # steps between checkpoints; 0 = at the end and on SIGTERM only
+    train.keep_last = 2  # newest checkpoints kept
+    train.keep_best = 1  # checkpoints with the lowest eval/nll kept beside them
+    train.keep_period = 0  # checkpoints at multiples of this are kept for ever; 0 = none
+    train.plot_every = 0  # steps between drawings of loss.png; 0 = at the end only
+    train.max_nonfinite = 10  # this many skipped updates in a row stop the job; 0 = never
+    train.profile_start = 0  # first profiled step; 0 = no profile
+    train.profile_steps = 3  # length of the profiled window
+    train.peak_flops = 0.0  # peak FLOP/s of one device, for MFU; 0 = look the device up
+    train.compilation_cache = True  # keep compiled programs in the run directory's parent
+    train.warm_start = ""  # run directory or checkpoint whose parameters to start from
+    train.warm_start_rename = ()  # (regex, replacement) on the names of its leaves
+    train.warm_start_missing = ()  # regexes; leaves of the model that it need not hold
+    train.sample_prompts = ("",)  # prompts of the periodic samples; "" = from the start of a document
+
+    # How one request is continued; the defaults sample from the model's own distribution.
+    sample = config.sample
+    sample.max_new_tokens = 128  # at most this many tokens, the end-of-sequence token included
+    sample.temperature = 1.0  # logits are divided by it; 0 = greedy
+    sample.top_k = 0  # keep the k most likely tokens (all that tie with the k-th); 0 = off
+    sample.top_p = 1.0  # keep the smallest set of most likely tokens of at least this probability; 1 = off
+    sample.min_p = 0.0  # keep tokens at least this share of the likeliest one's probability; 0 = off
+    # tokens of prompt and text: logit / penalty if positive, else * penalty; 1 = off
+    sample.repetition_penalty = 1.0
+    sample.stop = ()  # text ends before the first of these strings
+    sample.ignore_eos = False  # go on after the end-of-sequence token
+    sample.seed = 0  # the request's own seed: its text does not depend on the batch it is in
+
+    if size == "smoke":
+        stdlib = os.path.dirname(os.__file__)
+        data.train, data.eval = f"{stdlib}/asyncio/*.py", f"{stdlib}/json/*.py"
+        data.seq_len = 64
+        model.num_layers, model.model_dim = 2, 64
+        optim.lr = 2e-3
+        train.num_steps, train.log_every = 20, 5
+        train.eval_every = train.save_every = 10
+    return config

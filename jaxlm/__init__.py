@@ -1,0 +1,3 @@
+"""jaxlm: a research framework for language models in JAX."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,462 @@
+"""Prompts to texts: prefill once, then a jitted loop of decode steps over a key/value cache.
+
+    prompts --start--> cache --decode_chunk--> up to `chunk` more tokens a row --host--> all rows done?
+                                  ^---------------------------------------------- no ------'
+
+Prompts of one batch may differ in length, parameters and seed. What a row says depends on its own prompt,
+config and seed only (up to the rounding of matrix products at another batch size), not on the rows beside it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxlm import sharding
+from jaxlm.errors import UserError
+from jaxlm.generate.sampling import Rows, SampleConfig, row_keys, sample_token, stack_rows
+from jaxlm.model import transformer
+
+Cache = Any
+
+
+class Tokenizer(Protocol):
+    """What text generation needs of a tokenizer."""
+
+    bos_id: int
+    eos_id: int
+
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """A model as the decode loop sees it: pure functions, whatever the family."""
+
+    # (params, tokens_BT, segments_BT, positions_BT, cache) -> (hidden_BTD, cache); segment 0 is not written
+    apply: Callable[[Any, Array, Array, Array, Cache], tuple[Array, Cache]]
+    unembed: Callable[[Any, Array], Array]  # (params, hidden_BTD) -> logits_BTV, fp32
+    init_cache: Callable[[int, int], Cache]  # (rows, positions a row can hold) -> empty cache
+    vocab_size: int
+    max_length: int = 0  # positions that the model knows; 0 = no limit
+
+
+def decoder(cfg: transformer.TransformerConfig) -> Decoder:
+    """The `Decoder` of a decoder-only transformer.
+
+    Raises:
+        UserError: the model is not causal.
+    """
+    if not cfg.causal:
+        raise UserError("model.causal=False: only a causal model can generate text")
+
+    def apply(params, tokens_BT, segments_BT, positions_BT, cache):
+        hidden_BTD, cache, _ = transformer.apply(
+            cfg, params, tokens_BT, segments_BT=segments_BT, positions_BT=positions_BT, cache=cache
+        )
+        return hidden_BTD, cache
+
+    return Decoder(
+        apply=apply,
+        unembed=partial(transformer.unembed, cfg),
+        init_cache=partial(transformer.init_cache, cfg),
+        vocab_size=cfg.vocab_size,
+        max_length=cfg.position.max_length if cfg.position.kind == "learned" else 0,
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """Where B rows stand between two decode steps."""
+
+    cache: Cache  # holds every position before `position_B`
+    token_B: Int[Array, "B"]  # the newest token of the row, not yet fed to the model
+    position_B: Int[Array, "B"]  # where that token stands
+    index_B: Int[Array, "B"]  # tokens drawn so far
+    done_B: Bool[Array, "B"]
+    counts_BV: Int[Array, "B V"] | None  # of prompt and text; None = no row asks for a repetition penalty
+
+
+def decode_step(
+    model: Decoder,
+    params: Any,
+    cache: Cache,
+    tokens_BT: Int[Array, "B T"],
+    positions_BT: Int[Array, "B T"],
+    active_BT: Bool[Array, "B T"],
+) -> tuple[Float[Array, "B T V"], Cache]:
+    """Logits after each of T further tokens a row (1 in plain decoding), and the cache that now holds them.
+
+    Args:
+        model: the model's functions.
+        params: its parameters.
+        cache: holds the positions before these.
+        tokens_BT: i32.
+        positions_BT: i32, increasing along T.
+        active_BT: columns to read and write; the others leave the cache alone and get logits without meaning.
+    """
+    hidden_BTD, cache = model.apply(params, tokens_BT, active_BT.astype(jnp.int32), positions_BT, cache)
+    return model.unembed(params, hidden_BTD), cache
+
+
+def prefill(
+    model: Decoder,
+    params: Any,
+    tokens_BT: Int[Array, "B T"],
+    lengths_B: Int[Array, "B"],
+    cache_length: int,
+) -> Cache:
+    """A cache of `cache_length` positions that holds the first `lengths_B` tokens of each row.
+
+    Args:
+        model: the model's functions.
+        params: its parameters.
+        tokens_BT: i32; columns from the row's length on are not read.
+        lengths_B: i32, may be 0.
+        cache_length: positions that a row of the cache can hold.
+    """
+    B, T = tokens_BT.shape
+    column_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    real_BT = column_BT < lengths_B[:, None]
+    tokens_BT = sharding.constrain(tokens_BT, "batch", "length")
+    positions_BT = jnp.where(real_BT, column_BT, 0)
+    cache = model.init_cache(B, cache_length)
+    return model.apply(params, tokens_BT, real_BT.astype(jnp.int32), positions_BT, cache)[1]
+
+
+def start(
+    model: Decoder,
+    params: Any,
+    tokens_BT: Int[Array, "B T"],
+    lengths_B: Int[Array, "B"],
+    *,
+    cache_length: int,
+    count: bool,
+) -> DecodeState:
+    """The state in which each row has read its prompt but for the last token, which the first step will feed.
+
+    Logits, and the drawing of tokens, thus stand in one program only, that of the loop.
+
+    Args:
+        model: the model's functions.
+        params: its parameters.
+        tokens_BT: i32 prompts, padded on the right.
+        lengths_B: i32, tokens of each prompt, at least 1.
+        cache_length: positions that a row of the cache can hold.
+        count: keep token counts, for the repetition penalty.
+    """
+    B, T = tokens_BT.shape
+    counts_BV = None
+    if count:
+        real_BT = (jnp.arange(T) < lengths_B[:, None]).astype(jnp.int32)
+        zeros_BV = jnp.zeros((B, model.vocab_size), jnp.int32)
+        counts_BV = zeros_BV.at[jnp.arange(B)[:, None], tokens_BT].add(real_BT)
+    last_B = lengths_B - 1
+    return DecodeState(
+        cache=prefill(model, params, tokens_BT, last_B, cache_length),
+        token_B=jnp.take_along_axis(tokens_BT, last_B[:, None], axis=1)[:, 0],
+        position_B=last_B,
+        index_B=sharding.constrain(jnp.zeros(B, jnp.int32), None),
+        done_B=sharding.constrain(jnp.zeros(B, bool), None),
+        counts_BV=counts_BV,
+    )
+
+
+def decode_chunk(
+    model: Decoder, params: Any, state: DecodeState, rows: Rows, eos_M: Int[Array, "M"], *, steps: int
+) -> tuple[DecodeState, Int[Array, "B K"], Float[Array, "B K"]]:
+    """Up to K = `steps` more tokens for each row that is not done; ends early when all are.
+
+    Args:
+        model: the model's functions.
+        params: its parameters.
+        state: from `start` or an earlier chunk.
+        rows: parameters of each row.
+        eos_M: tokens that end a text.
+        steps: K.
+
+    Returns:
+        The state, the tokens and their log-probabilities. A row's new tokens are its first
+        `new index - old index` columns; the rest has no meaning.
+    """
+    B = state.token_B.shape[0]
+
+    def more(carry):
+        step, state, *_ = carry
+        return (step < steps) & ~jnp.all(state.done_B)
+
+    def body(carry):
+        step, state, tokens_BK, logprobs_BK = carry
+        active_B = ~state.done_B
+        logits_B1V, cache = decode_step(
+            model, params, state.cache, state.token_B[:, None], state.position_B[:, None], active_B[:, None]
+        )
+        logits_BV = sharding.constrain(logits_B1V[:, 0], "batch", None)
+        keys_B = row_keys(rows.seed_B, state.index_B)
+        token_B, logprob_B = sample_token(logits_BV, keys_B, rows, state.counts_BV)
+        counts_BV = state.counts_BV
+        if counts_BV is not None:
+            counts_BV = counts_BV.at[jnp.arange(B), token_B].add(active_B.astype(counts_BV.dtype))
+        index_B = state.index_B + active_B
+        ended_B = jnp.any(token_B[:, None] == eos_M, axis=1) & ~rows.ignore_eos_B
+        state = DecodeState(
+            cache=cache,
+            token_B=jnp.where(active_B, token_B, state.token_B),
+            position_B=state.position_B + active_B,
+            index_B=index_B,
+            done_B=state.done_B | ended_B | (index_B >= rows.max_new_tokens_B),
+            counts_BV=counts_BV,
+        )
+        return step + 1, state, tokens_BK.at[:, step].set(token_B), logprobs_BK.at[:, step].set(logprob_B)
+
+    carry = (0, state, jnp.zeros((B, steps), jnp.int32), jnp.zeros((B, steps), jnp.float32))
+    _, state, tokens_BK, logprobs_BK = jax.lax.while_loop(more, body, carry)
+    # What the host looks at is replicated, so that every host of a mesh can.
+    state = dataclasses.replace(
+        state,
+        index_B=sharding.constrain(state.index_B, None),
+        done_B=sharding.constrain(state.done_B, None),
+    )
+    return state, sharding.constrain(tokens_BK, None, None), sharding.constrain(logprobs_BK, None, None)
+
+
+@dataclasses.dataclass
+class Result:
+    """What became of one request."""
+
+    prompt: list[int]
+    tokens: list[int] = dataclasses.field(default_factory=list)  # with the token that ended it (EOS or stop)
+    logprobs: list[float] = dataclasses.field(default_factory=list)  # of each token under the model, nats
+    finish: Literal["", "eos", "stop", "length"] = ""  # why it ended
+    text: str = ""  # without EOS, cut before the stop string; empty without a tokenizer
+
+
+def bucket(n: int, smallest: int = 16) -> int:
+    """The next size of the form 2^k or 3 * 2^k, so that programs are compiled for few sizes.
+
+    >>> [bucket(n) for n in (1, 16, 17, 25, 33, 100, 700)]
+    [16, 16, 24, 32, 48, 128, 768]
+    """
+    size = smallest
+    while size < n:
+        size, half = 2 * size, size + size // 2
+        if half >= n:
+            return half
+    return size
+
+
+class Generator:
+    """Continues prompts with a model. Its compiled programs live as long as it does: make one and keep it.
+
+    One program is compiled for each (rows, prompt bucket, cache bucket) and one decode loop for each
+    (rows, cache bucket).
+
+    Args:
+        model: the model's functions, see `decoder`.
+        tokenizer: needed for texts and stop strings.
+        layout: mesh and rules under which the parameters live.
+        eos_ids: tokens that end a text; default the tokenizer's.
+        cache_length: positions a row can hold; 0 = as many as the requests need, rounded up to a bucket.
+        batch_size: rows at a time; 0 = all requests at once.
+        chunk: decode steps between two looks of the host at the text. Does not change the result.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer | None = None,
+        *,
+        layout: sharding.Layout | None = None,
+        eos_ids: Sequence[int] | None = None,
+        cache_length: int = 0,
+        batch_size: int = 0,
+        chunk: int = 32,
+    ) -> None:
+        if chunk < 1:
+            raise UserError(f"chunk={chunk} must be at least 1")
+        if model.max_length and cache_length > model.max_length:
+            raise UserError(
+                f"cache_length={cache_length} is more than the {model.max_length} positions of the model"
+            )
+        if eos_ids is None:
+            eos_ids = () if tokenizer is None else (tokenizer.eos_id,)
+        self.model, self.tokenizer, self.layout = model, tokenizer, layout
+        self.cache_length, self.batch_size = cache_length, batch_size
+        self.eos_ids = tuple(eos_ids)
+        self._start = jax.jit(partial(start, model), static_argnames=("cache_length", "count"))
+        # The state is used up, so that the cache is updated in place.
+        self._jit_chunk = partial(jax.jit, partial(decode_chunk, model, steps=chunk), donate_argnums=1)
+        self._chunk = self._jit_chunk()
+        self._pinned: dict[Any, Callable] = {}
+
+    def generate_text(
+        self, params: Any, texts: Sequence[str], sample: SampleConfig | Sequence[SampleConfig]
+    ) -> list[Result]:
+        """Continue texts; each is encoded and put after the beginning-of-sequence token.
+
+        Args:
+            params: the model's parameters.
+            texts: may be empty strings.
+            sample: as for `generate`.
+        """
+        tokenizer = self._need_tokenizer("generate_text")
+        return self.generate(params, [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts], sample)
+
+    def generate(
+        self,
+        params: Any,
+        prompts: Sequence[Sequence[int]],
+        sample: SampleConfig | Sequence[SampleConfig],
+    ) -> list[Result]:
+        """Continue prompts of token ids.
+
+        Args:
+            params: the model's parameters.
+            prompts: at least one token each.
+            sample: one config for each prompt; or one for all, and then request i has the seed
+                `sample.seed + i` (mod 2^32), so that equal prompts get different texts.
+
+        Returns:
+            One result for each prompt, in order.
+
+        Raises:
+            UserError: an empty prompt, a token outside the vocabulary, a request longer than the cache or the
+                model's positions, or stop strings without a tokenizer.
+        """
+        if isinstance(sample, SampleConfig):
+            sample = [
+                dataclasses.replace(sample, seed=(sample.seed + i) % 2**32) for i in range(len(prompts))
+            ]
+        if len(sample) != len(prompts):
+            raise UserError(f"{len(prompts)} prompts, but {len(sample)} sample configs")
+        results = [Result([int(t) for t in prompt]) for prompt in prompts]
+        for i, (result, cfg) in enumerate(zip(results, sample, strict=True)):
+            self._check(i, result.prompt, cfg)
+        size = self.batch_size or len(results)
+        for first in range(0, len(results), max(size, 1)):
+            with sharding.use(self.layout):
+                self._run(params, results[first : first + size], sample[first : first + size], size)
+        return results
+
+    def _need_tokenizer(self, what: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise UserError(f"{what} needs a tokenizer: Generator(model, tokenizer)")
+        return self.tokenizer
+
+    def _check(self, i: int, prompt: list[int], cfg: SampleConfig) -> None:
+        """Refuse what cannot be run, before anything is compiled."""
+        if cfg.stop:
+            self._need_tokenizer(f"prompt {i}: sample.stop={cfg.stop!r}")
+        if not prompt:
+            raise UserError(
+                f"prompt {i} is empty: give at least one token, such as the beginning-of-sequence one"
+            )
+        wrong = [t for t in prompt if not 0 <= t < self.model.vocab_size]
+        if wrong:
+            raise UserError(
+                f"prompt {i}: token {wrong[0]} is outside the vocabulary of {self.model.vocab_size}"
+            )
+        room = self.cache_length or self.model.max_length
+        if room and len(prompt) + cfg.max_new_tokens > room:
+            what = "cache_length" if self.cache_length else "the model's position table"
+            raise UserError(
+                f"prompt {i}: {len(prompt)} tokens + max_new_tokens={cfg.max_new_tokens} do not fit {what} "
+                f"of {room} positions; at most max_new_tokens={max(room - len(prompt), 0)} would"
+            )
+
+    def _run(self, params: Any, results: list[Result], sample: Sequence[SampleConfig], size: int) -> None:
+        """Fill in the results of one batch of `size` rows or fewer."""
+        if not results:
+            return
+        multiple = 1 if self.layout is None else self.layout.shards("batch")
+        B = -(-size // multiple) * multiple
+        room = self.model.max_length or 2**31
+        T = min(bucket(max(len(r.prompt) for r in results)), room)
+        need = max(len(r.prompt) + cfg.max_new_tokens for r, cfg in zip(results, sample, strict=True))
+        cache_length = self.cache_length or min(bucket(need), room)
+        # Rows that only fill the batch repeat the first prompt for one token.
+        filler = B - len(results)
+        prompts = [r.prompt for r in results] + [results[0].prompt] * filler
+        rows = stack_rows([*sample, *[dataclasses.replace(sample[0], max_new_tokens=1)] * filler])
+        tokens_BT = np.zeros((B, T), np.int32)
+        for row, prompt in zip(tokens_BT, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        lengths_B = np.asarray([len(prompt) for prompt in prompts], np.int32)
+        eos_M = np.asarray(self.eos_ids, np.int32)
+
+        state = self._start(
+            params,
+            tokens_BT,
+            lengths_B,
+            cache_length=cache_length,
+            count=any(cfg.repetition_penalty != 1.0 for cfg in sample),
+        )
+        chunk = self._chunk if self.layout is None else self._pin(state)
+        done_B, seen_B = np.zeros(B, bool), np.zeros(B, np.int32)
+        while not done_B.all():
+            # Rows that the host ended, at a stop string, are done for the device as well.
+            state = dataclasses.replace(state, done_B=state.done_B | done_B)
+            state, *drawn = chunk(params, state, rows, eos_M)
+            index_B, done_B, tokens_BK, logprobs_BK = map(
+                np.array, jax.device_get((state.index_B, state.done_B, *drawn))
+            )
+            for b, (result, cfg) in enumerate(zip(results, sample, strict=True)):
+                new = int(index_B[b] - seen_B[b])
+                if not result.finish:
+                    result.tokens += tokens_BK[b, :new].tolist()
+                    result.logprobs += logprobs_BK[b, :new].tolist()
+                    self._settle(result, cfg, new, bool(done_B[b]))
+                    done_B[b] |= bool(result.finish)
+            seen_B = index_B
+
+    def _pin(self, state: DecodeState) -> Callable:
+        """The loop that leaves its state where `state` lies on the mesh: every chunk finds it in one place."""
+        shardings = jax.tree.map(lambda x: x.sharding, state)
+        leaves, structure = jax.tree.flatten(shardings)
+        key = (structure, *leaves)
+        if key not in self._pinned:
+            self._pinned[key] = self._jit_chunk(out_shardings=(shardings, None, None))
+        return self._pinned[key]
+
+    def _settle(self, result: Result, cfg: SampleConfig, new: int, done: bool) -> None:
+        """Cut the row at a stop string that the last `new` tokens completed; else say why it ended, if so."""
+        at_eos = done and not cfg.ignore_eos and result.tokens[-1] in self.eos_ids
+        plain = len(result.tokens) - at_eos
+        cut = self._find_stop(result, cfg.stop, len(result.tokens) - new, plain)
+        if cut is not None:
+            count, result.text = cut
+            del result.tokens[count:], result.logprobs[count:]
+            result.finish = "stop"
+        elif done:
+            result.finish = "eos" if at_eos else "length"
+            if self.tokenizer is not None:
+                result.text = self._text(result, plain)
+
+    def _find_stop(self, result: Result, stop: tuple[str, ...], old: int, new: int) -> tuple[int, str] | None:
+        """The fewest tokens, in (old, new], whose text holds a stop string, and the text before it."""
+        if not stop or not any(s in self._text(result, new) for s in stop):
+            return None
+        for count in range(old + 1, new + 1):
+            text = self._text(result, count)
+            places = [text.find(s) for s in stop if s in text]
+            if places:
+                return count, text[: min(places)]
+        return None
+
+    def _text(self, result: Result, count: int) -> str:
+        """Text of the first `count` tokens as it follows the prompt.
+
+        Some tokenizers drop a space at the start of what they decode: the end of the prompt is decoded along.
+        """
+        before = result.prompt[-4:]
+        lead = self.tokenizer.decode(before)
+        text = self.tokenizer.decode(before + result.tokens[:count])
+        # The prompt may end within a character.
+        return text[len(lead) :] if text.startswith(lead) else self.tokenizer.decode(result.tokens[:count])

@@ -1,0 +1,62 @@
+"""Work beside the updates that needs a memory of its own: samples on disk, a window of profiled steps."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from jaxlm.generate.decode import Generator
+from jaxlm.generate.sampling import SampleConfig
+from jaxlm.train.loop import Every
+from jaxlm.train.rundir import write_text
+from jaxlm.train.state import TrainState
+
+
+class Samples:
+    """Texts that the model writes along the way, appended to a file under the number of the step."""
+
+    def __init__(
+        self, path: Path, generator: Generator, prompts: Sequence[str], cfg: SampleConfig, start: int
+    ) -> None:
+        self._path, self._generator, self._prompts, self._cfg = path, generator, prompts, cfg
+        # Like the metrics: what lies past the checkpoint will be written again.
+        kept = [text for step, text in self._blocks() if step <= start] if start else []
+        write_text(path, "".join(kept))
+
+    def _blocks(self) -> list[tuple[int, str]]:
+        if not self._path.exists():
+            return []
+        parts = re.split(r"(?m)^(?=##### step \d+$)", self._path.read_text())
+        return [(int(part.split("\n", 1)[0].split()[2]), part) for part in parts if part.strip()]
+
+    def __call__(self, step: int, state: TrainState) -> None:
+        results = self._generator.generate_text(state.params, self._prompts, self._cfg)
+        texts = [f"{prompt}{result.text}\n" for prompt, result in zip(self._prompts, results, strict=True)]
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(f"##### step {step}\n" + "\n-----\n".join(texts) + "\n")
+
+
+class Profile:
+    """A window of steps under `jax.profiler`; open the directory in TensorBoard or Perfetto."""
+
+    def __init__(self, directory: Path, start: int, steps: int) -> None:
+        self._directory, self._first, self._last = directory, start, start + steps
+        self._running = False
+
+    def jobs(self) -> list[Every]:
+        """Start and stop as periodic work; both wait for the device, so the window holds whole steps."""
+        return [
+            Every(self._first, self._start, "profile", cause="profile"),
+            Every(self._last, self._stop, "profile", last=True, stop=True, cause="profile"),
+        ]
+
+    def _start(self, step: int, state: TrainState) -> None:
+        if step == self._first:
+            jax.profiler.start_trace(self._directory)
+            self._running = True
+
+    def _stop(self, step: int, state: TrainState) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False

@@ -1,0 +1,445 @@
+"""The assembler: from a frozen config to a trained model, and from a run directory back to its model.
+
+runs/name/config.json      the config, its hash, and one entry per start: commit, packages, host, command
+          metrics.jsonl    one JSON object per logged step
+          events/          the same for TensorBoard
+          checkpoints/     see jaxlm.train.checkpoint
+          samples.txt      texts written along the way
+          loss.png         the curve
+          result.json      how it ended: `Result`
+runs/data_cache/           token shards of raw text, for all runs beside each other
+runs/compilation_cache/    compiled programs, likewise
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType
+
+from jaxlm.config import RunConfig, config_hash, diff, identity, to_dict
+from jaxlm.data.loader import Loader, eval_batches, make_dataset, prefetch
+from jaxlm.data.tokenizer import check_vocabulary, load_tokenizer
+from jaxlm.errors import UserError, check
+from jaxlm.evaluate import evaluate, make_eval_step
+from jaxlm.generate import decode
+from jaxlm.model import transformer
+from jaxlm.objectives.lm import make_lm_objective
+from jaxlm.optim import ema_params, make_optimizer, make_schedule
+from jaxlm.scaling import counting
+from jaxlm.sharding import MESH_AXES, Layout, LeafLayout, describe, make_mesh, use
+from jaxlm.train.checkpoint import Checkpointer, step_dirs
+from jaxlm.train.compilation import counted_compilations
+from jaxlm.train.loop import Every, NonFiniteError, StopSignals, train_loop
+from jaxlm.train.metrics import (
+    Clock,
+    Console,
+    JsonlWriter,
+    Reporter,
+    TensorBoardWriter,
+    format_seconds,
+    peak_flops,
+    read_rows,
+)
+from jaxlm.train.periodic import Profile, Samples
+from jaxlm.train.plot import plot_loss
+from jaxlm.train.rundir import RunLock, open_run_dir, probe_writable, write_json
+from jaxlm.train.state import TrainState, abstract_state, create_state, replace_params
+from jaxlm.train.step import Batch, make_step
+from jaxlm.train.warmstart import load_params
+from jaxlm.tree import combine, nbytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run stands when `train` returns; `result.json` holds the same."""
+
+    status: str  # finished | stopped (by a signal; the same command goes on) | failed
+    reason: str  # why it did not finish
+    workdir: str
+    config_hash: str
+    steps: int  # updates of the parameters, those of earlier starts included
+    tokens: int  # positions that they saw: steps * B * T
+    flops: float  # exact training FLOPs of those tokens
+    metrics: Mapping[
+        str, float | None
+    ]  # the newest value of every metric: eval/nll, eval/bpb, train/nll, ...
+    counts: Mapping[str, Any]  # parameters and FLOPs per token under every convention, see counting.Counts
+    mesh: Mapping[str, int]
+    device: str
+    seconds: Mapping[str, float]  # wall time of this start by cause: init, compile, step, eval, ...
+    compilation: Mapping[str, Any]  # programs, seconds, hits of the persistent cache
+    peak_rss_bytes: int  # of this process
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; `eval/nll` and the other metrics stand at the top level."""
+        tree = dataclasses.asdict(self)
+        return {**{k: v for k, v in tree.items() if k != "metrics"}, **tree["metrics"]}
+
+    def text(self) -> str:
+        """What a person wants to know at the end."""
+        head = f"{self.status} at step {self.steps:,} after {self.tokens:,} tokens"
+        lines = [head + (f" ({self.reason})" if self.reason else "")]
+        shown = [
+            ("eval/nll", "nats per token"),
+            ("eval/bpb", "bits per byte"),
+            ("train/nll", "nats per token"),
+        ]
+        lines += [
+            f"{name:9} {self.metrics[name]:.4f} {unit}" for name, unit in shown if self.metrics.get(name)
+        ]
+        spent = sorted(self.seconds.items(), key=lambda item: -item[1])
+        lines.append(
+            "time      " + ", ".join(f"{cause} {format_seconds(s)}" for cause, s in spent if s >= 0.5)
+        )
+        files = [
+            name
+            for name in ("loss.png", "samples.txt", "result.json")
+            if (Path(self.workdir) / name).exists()
+        ]
+        lines.append(f"files     {self.workdir}/ ({', '.join(['checkpoints', 'metrics.jsonl', *files])})")
+        return "\n".join(lines)
+
+
+def train(cfg: RunConfig, workdir: str | Path, *, bar: bool | None = None) -> Result:
+    """Train the model that `cfg` describes, or go on with the run that `workdir` holds.
+
+    Args:
+        cfg: the whole run; `jaxlm.config.build` makes it.
+        workdir: the run directory; made if it is not there.
+        bar: draw a progress bar; default: on a terminal.
+
+    Raises:
+        UserError: bad input, before any work is spent; a directory that is in use or holds another run.
+        NonFiniteError: too many updates in a row were not finite.
+    """
+    clock, workdir, chief = Clock(), Path(workdir).absolute(), jax.process_index() == 0
+    run, starting = contextlib.ExitStack(), contextlib.ExitStack()
+    with run, starting:
+        starting.enter_context(clock.spend("init"))
+
+        # ------------------------------------------------------------------------------------- run directory
+        if chief:
+            probe_writable(workdir)
+            run.enter_context(RunLock(workdir))
+            _forget_unstarted(workdir)
+            same = lambda old, new: diff(identity(old), identity(new))  # noqa: E731
+            open_run_dir(workdir, to_dict(cfg), sha256=config_hash(cfg), diff=same)
+            ended = _read_result(workdir)
+            if ended is not None and ended.status == "finished":
+                print(f"{workdir} holds this run, and it is finished", file=sys.stderr)
+                return ended
+        cache_dir = workdir.parent / "compilation_cache" if cfg.train.compilation_cache else None
+        compiled = run.enter_context(counted_compilations(cache_dir))
+
+        # ---------------------------------------------------------------------------------------------- mesh
+        layout = Layout(make_mesh(cfg.mesh))
+        run.enter_context(use(layout))
+        place = partial(place_batch, layout)
+        _check_shapes(cfg, layout)
+
+        # ------------------------------------------------------------------------------- model and optimizer
+        # Shapes alone, so that what does not fit is refused before any text is tokenised.
+        model, init = Model(cfg.model), partial(transformer.init, cfg.model)
+        tokens_per_step = cfg.data.batch_size * cfg.data.seq_len
+        counts = counting.count(cfg.model, cfg.data.seq_len)
+        optimizer = make_optimizer(cfg.optim, make_schedule(cfg.optim, cfg.train.num_steps, tokens_per_step))
+        target, _ = abstract_state(init, optimizer, layout=layout, table=transformer.AXES)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
+        probe_writable(workdir, need_bytes=nbytes(target))
+
+        # ---------------------------------------------------------------------------------------------- data
+        tokenizer = load_tokenizer(cfg.data.tokenizer)
+        check_vocabulary(tokenizer, cfg.model.vocab_size)
+        hosts = dict(host_index=jax.process_index(), host_count=jax.process_count())
+        cached = dict(cache_dir=workdir.parent / "data_cache", progress=_print_preparation)
+        with clock.spend("prepare"):
+            dataset = make_dataset(cfg.data, tokenizer, **cached)
+            held_out = eval_batches(cfg.data, tokenizer, **cached, **hosts) if cfg.data.eval else None
+        loader = Loader(dataset, cfg.data, **hosts)
+
+        # ----------------------------------------------------------------------------------------- objective
+        # Loss by position is a question for `evaluate`: the rows of a run hold numbers.
+        loss = dataclasses.replace(cfg.loss, per_position=False)
+        objective = make_lm_objective(model, loss, tokenizer.token_bytes)
+        step = make_step(objective, optimizer, microbatches=cfg.train.microbatches, shardings=shardings)
+        eval_step = make_eval_step(model, loss, tokenizer.token_bytes)
+
+        # --------------------------------------------------------------------------------------------- state
+        saver = run.enter_context(
+            Checkpointer(
+                workdir / "checkpoints",
+                keep_last=cfg.train.keep_last,
+                keep_best=cfg.train.keep_best,
+                keep_period=cfg.train.keep_period,
+            )
+        )
+        restored = saver.restore(target, quarantine=chief)
+        if restored is not None:
+            state, start = restored.state, restored.step
+            _check_same_data(restored.data, dataset.fingerprint, workdir)
+        else:
+            state, _ = create_state(init, optimizer, cfg.seed, layout=layout, table=transformer.AXES)
+            start = 0
+            if cfg.train.warm_start:
+                params, report = load_params(
+                    cfg.train.warm_start,
+                    target.params,
+                    rename=cfg.train.warm_start_rename,
+                    allow_missing=cfg.train.warm_start_missing,
+                )
+                print(report.text(), file=sys.stderr)
+                state = replace_params(state, combine(params, state.params), optimizer)
+
+        # ----------------------------------------------------------------------------------------- reporting
+        console = Console(cfg.train.num_steps, start, bar=bar)
+        writers = [console]
+        if chief:
+            writers.append(JsonlWriter(workdir / "metrics.jsonl", start))
+            writers.append(TensorBoardWriter(workdir / "events", start))
+        reporter = Reporter(
+            writers,
+            tokens_per_step=tokens_per_step,
+            flops_per_token=counts.flops_train,
+            peak=cfg.train.peak_flops or peak_flops(jax.devices()[0].device_kind),
+            num_devices=layout.mesh.size,
+        )
+        run.callback(reporter.close)
+        for row in read_rows(workdir / "metrics.jsonl"):  # those of earlier starts, up to the checkpoint
+            reporter.last |= {name: math.nan if x is None else x for name, x in row.items()}
+        if start:
+            console.log(f"going on at step {start} of {cfg.train.num_steps}")
+
+        # ------------------------------------------------------------------------------------- periodic work
+        generator = decode.Generator(decode.decoder(cfg.model), tokenizer, layout=layout)
+        samples = Samples(workdir / "samples.txt", generator, cfg.train.sample_prompts, cfg.sample, start)
+        profile = Profile(workdir / "profile", cfg.train.profile_start, cfg.train.profile_steps)
+        scored, scored_at = {}, -1  # by the newest evaluation, and after which step that was
+
+        def evaluate_now(done: int, state: TrainState) -> dict[str, float]:
+            nonlocal scored, scored_at
+            models = {"eval/": state.params}
+            if cfg.optim.ema:
+                models["eval_ema/"] = ema_params(state.opt_state)
+            sizes = dict(num_tokens=held_out.num_tokens, num_bytes=held_out.num_bytes)
+            scored, scored_at = {}, done
+            for prefix, params in models.items():
+                scored |= evaluate(eval_step, params, held_out, place=place, **sizes).metrics(prefix)
+            return scored
+
+        def save(done: int, state: TrainState) -> None:
+            position = {"step": done, "fingerprint": dataset.fingerprint}
+            metrics = scored if scored_at == done else None
+            saver.save(done, state, data=position, config=to_dict(cfg), metrics=metrics)
+
+        def plot(done: int, state: TrainState) -> None:
+            plot_loss(workdir / "metrics.jsonl", workdir / "loss.png", title=workdir.name)
+
+        t = cfg.train
+        periodic = [
+            Every(t.save_every, save, "save", last=True, stop=True, cause="checkpoint", after_report=True)
+        ]
+        if held_out is not None:
+            periodic.append(Every(t.eval_every, evaluate_now, "eval", last=True, cause="eval"))
+        if t.sample_prompts:
+            periodic.append(Every(t.sample_every, samples, "sample", last=True, cause="sample"))
+        if chief:
+            periodic.append(
+                Every(t.plot_every, plot, "plot", last=True, stop=True, cause="plot", after_report=True)
+            )
+        if t.profile_start:
+            periodic += profile.jobs()
+
+        # ---------------------------------------------------------------------------------------------- loop
+        starting.close()
+        stop = run.enter_context(StopSignals(warn=console.log))
+        batches = run.enter_context(prefetch(loader, start, cfg.data.prefetch, place))
+
+        def result(status: str, reason: str, steps: int) -> Result:
+            return Result(
+                status=status,
+                reason=reason,
+                workdir=str(workdir),
+                config_hash=config_hash(cfg),
+                steps=steps,
+                tokens=steps * tokens_per_step,
+                flops=counts.flops_train * steps * tokens_per_step,
+                metrics={
+                    name: x if math.isfinite(x) else None for name, x in reporter.last.items() if "/" in name
+                },
+                counts=counts.to_dict(),
+                mesh=dict(layout.mesh.shape),
+                device=jax.devices()[0].device_kind,
+                seconds={cause: round(s, 3) for cause, s in clock.seconds().items()},
+                compilation=compiled.to_dict(),
+                peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            )
+
+        try:
+            ended = train_loop(
+                state,
+                None,
+                step,
+                lambda n, state: next(batches),
+                periodic,
+                num_steps=cfg.train.num_steps,
+                start=start,
+                report=reporter,
+                log_every=cfg.train.log_every,
+                tick=console.tick,
+                stop=stop,
+                clock=clock,
+                nonfinite_limit=cfg.train.max_nonfinite,
+            )
+        except NonFiniteError as error:
+            write_json(workdir / "result.json", result("failed", str(error), error.step).to_dict())
+            raise
+        with clock.spend("checkpoint"):
+            saver.wait()
+        summary = result(ended.status, ended.reason, ended.step)
+        if chief:
+            write_json(workdir / "result.json", summary.to_dict())
+    return summary
+
+
+# ----------------------------------------------------------------------------------------------- parts of it
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A transformer as the objective sees it."""
+
+    cfg: transformer.TransformerConfig
+
+    def apply(self, params: Any, batch: Batch, key: Any) -> tuple[jax.Array, dict[str, Any]]:
+        """Hidden states and auxiliary values."""
+        segments, positions = batch["segments"], batch["positions"]
+        hidden_BTD, _, aux = transformer.apply(
+            self.cfg, params, batch["tokens"], segments_BT=segments, positions_BT=positions, key=key
+        )
+        return hidden_BTD, aux
+
+    def unembed(self, params: Any, hidden_BTD: jax.Array) -> jax.Array:
+        """Logits."""
+        return transformer.unembed(self.cfg, params, hidden_BTD)
+
+
+def place_batch(layout: Layout, batch: Batch) -> Batch:
+    """This host's rows as part of the global batch, each on its own devices."""
+    rows = layout.sharding(("batch", "length"))
+    return {name: jax.make_array_from_process_local_data(rows, x) for name, x in batch.items()}
+
+
+def _finite(x: float) -> float | None:
+    """None for NaN and infinity, which JSON does not have."""
+    return x if math.isfinite(x) else None
+
+
+def _check_shapes(cfg: RunConfig, layout: Layout) -> None:
+    """What no room can see alone: does the batch fit the mesh, and a row the model."""
+    B, M, shards = cfg.data.batch_size, cfg.train.microbatches, layout.shards("batch")
+    if B % (M * shards):
+        step = M * shards
+        raise UserError(
+            f"data.batch_size={B} is not divisible by train.microbatches={M} x {shards} mesh devices that "
+            f"share the rows; the nearest that is: {max(step, round(B / step) * step)}"
+        )
+    longest = cfg.model.position.max_length
+    if cfg.model.position.kind == "learned":
+        check(
+            cfg.data.seq_len <= longest,
+            f"data.seq_len={cfg.data.seq_len} is longer than model.position.max_length={longest}",
+        )
+
+
+def _check_same_data(saved: Any, fingerprint: str, workdir: Path) -> None:
+    if saved["fingerprint"] != fingerprint:
+        raise UserError(
+            f"the training data is not what {workdir} was trained on (fingerprint {fingerprint[:12]}, then "
+            f"{saved['fingerprint'][:12]}): bring the files back, or start another run"
+        )
+
+
+def _print_preparation(done: int, units: int, tokens: int, size: int) -> None:
+    print(f"tokenising: {done}/{units} shards, {tokens:,} tokens", file=sys.stderr, flush=True)
+
+
+def _forget_unstarted(workdir: Path) -> None:
+    """A directory whose run was refused before its first step holds no run: its config may be mended."""
+    rows = workdir / "metrics.jsonl"
+    started = step_dirs(workdir / "checkpoints") or (rows.exists() and rows.stat().st_size)
+    if not started:
+        (workdir / "config.json").unlink(missing_ok=True)
+
+
+def _read_result(workdir: Path) -> Result | None:
+    """What `result.json` holds, if it is there."""
+    path = workdir / "result.json"
+    if not path.exists():
+        return None
+    tree = json.loads(path.read_text())
+    names = {field.name for field in dataclasses.fields(Result)}
+    return Result(
+        metrics={name: x for name, x in tree.items() if name not in names},
+        **{name: x for name, x in tree.items() if name in names},
+    )
+
+
+# ----------------------------------------------------------------------------------------- what it will cost
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run needs, without running any of it."""
+
+    mesh_shape: Mapping[str, int]
+    counts: counting.Counts
+    memory: counting.Memory  # bytes per device, estimated
+    leaves: Sequence[LeafLayout]  # of the parameters
+    tokens_per_step: int
+    tokens: int  # of the whole run
+
+
+def plan(cfg: RunConfig, *, num_devices: int | None = None) -> Plan:
+    """Parameters, FLOPs, memory per device and layout of a run, on this machine or a larger one.
+
+    Args:
+        cfg: the run.
+        num_devices: devices to plan for; default those of this machine. None of them need be there.
+
+    Raises:
+        UserError: shapes that do not fit together or that the mesh does not divide.
+    """
+    sizes = cfg.mesh.shape(num_devices or jax.device_count())
+    layout = Layout(AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)))
+    _check_shapes(cfg, layout)
+    tokens = cfg.data.batch_size * cfg.data.seq_len
+    optimizer = make_optimizer(cfg.optim, make_schedule(cfg.optim, cfg.train.num_steps, tokens))
+    init = partial(transformer.init, cfg.model)
+    state, _ = abstract_state(init, optimizer, layout=layout, table=transformer.AXES)
+    rows = cfg.data.batch_size // (cfg.train.microbatches * layout.shards("batch"))
+    memory = counting.memory(
+        cfg.model,
+        batch_size=cfg.data.batch_size,
+        seq_len=cfg.data.seq_len,
+        layout=layout,
+        opt_state=state.opt_state,
+        microbatches=cfg.train.microbatches,
+        logit_tokens=rows * min(cfg.loss.chunk or cfg.data.seq_len, cfg.data.seq_len),
+    )
+    return Plan(
+        mesh_shape=dict(layout.mesh.shape),
+        counts=counting.count(cfg.model, cfg.data.seq_len),
+        memory=memory,
+        leaves=describe(layout, state.params, transformer.AXES),
+        tokens_per_step=tokens,
+        tokens=tokens * cfg.train.num_steps,
+    )

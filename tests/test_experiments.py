@@ -1,0 +1,103 @@
+"""Every experiment: what its docstring promises, its full size as shapes, its smoke size as a run."""
+
+import ast
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxlm.config import RunConfig, build, diff, flatten, load_experiment
+from jaxlm.data.tokenizer import load_tokenizer
+from jaxlm.errors import UserError
+from jaxlm.train.run import plan, train
+
+ROOT = Path(__file__).parents[1]
+EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
+IDS = [path.stem for path in EXPERIMENTS]
+
+# Parameters of the published shapes, and the devices that the docstring asks for.
+PUBLISHED = {
+    "gpt2_small": (124_439_808, 8),
+    "llama_1b": (1_235_814_400, 8),
+    "llama_8b": (8_030_261_248, 64),
+    "mixtral_8x7b": (46_702_792_704, 128),
+    "local_global": (2_614_341_888, 16),
+}
+
+
+def docstring(path):
+    return ast.get_docstring(ast.parse(path.read_text()))
+
+
+def load(path, arg=""):
+    return build(load_experiment(f"{path}:{arg}" if arg else str(path)))
+
+
+def test_all_are_here():
+    assert set(IDS) == {"base", "quickstart", *PUBLISHED}
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=IDS)
+def test_the_docstring_says_claim_command_hardware_and_number(path):
+    text = docstring(path)
+    for part in ("Claim:", "Command:", "Hardware:", "Expected:", "Last run:"):
+        assert text.count(f"\n{part}") == 1, part
+    named = re.findall(r"--config=(\S+?\.py)", text)
+    assert named
+    assert set(named) == {f"experiments/{path.name}"}
+    # An expected number needs a run that gave it.
+    expected, last = re.search(r"Expected: (.*?)\nLast run: (.*)", text, re.DOTALL).groups()
+    assert expected.startswith("not run yet") == last.startswith("none")
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=IDS)
+def test_the_smoke_size_is_the_same_experiment_made_small(path):
+    full, smoke = load(path), load(path, "smoke")
+    assert smoke.model.num_layers <= 4
+    assert plan(smoke, num_devices=8).counts.n_total < 1_000_000
+    assert smoke.train.num_steps <= 50
+    tokenizer = load_tokenizer(smoke.data.tokenizer)
+    assert tokenizer.vocab_size == smoke.model.vocab_size
+    kept = {"activation", "norm", "norm_position", "tie_embeddings", "mlp_pattern"} | {"attention.pattern"}
+    for name in kept:
+        assert flatten(full.model)[name] == flatten(smoke.model)[name], name
+    with pytest.raises(UserError, match="did you mean 'smoke'"):
+        load(path, "smok")
+
+
+@pytest.mark.parametrize(("name", "expected"), PUBLISHED.items(), ids=PUBLISHED)
+def test_published_shapes_have_their_published_size(name, expected):
+    parameters, devices = expected
+    path = ROOT / "experiments" / f"{name}.py"
+    result = plan(load(path), num_devices=devices)
+    assert result.counts.n_total == parameters
+    assert f"{parameters:,}" in docstring(path)
+    assert sum(row.bytes_per_device for row in result.leaves) == result.memory.params
+    split = [row for row in result.leaves if any(part is not None for part in row.spec)]
+    assert (len(split) > 0) == (name != "gpt2_small")
+
+
+def test_mixtral_uses_two_of_eight_experts():
+    counts = plan(load(ROOT / "experiments" / "mixtral_8x7b.py"), num_devices=128).counts
+    assert counts.n_active == 12_879_925_248
+
+
+def test_base_lists_every_knob_with_its_default():
+    path = ROOT / "experiments" / "base.py"
+    assert diff(RunConfig(), load(path)) == []
+    text = path.read_text()
+    for name in flatten(RunConfig()):
+        assert re.search(rf"^    (config\.)?{re.escape(name)} = ", text, re.MULTILINE), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=IDS)
+def test_the_smoke_size_trains(path, tmp_path):
+    cfg = load(path, "smoke")
+    result = train(cfg, tmp_path / "run", bar=False)
+    assert result.status == "finished"
+    assert result.steps == cfg.train.num_steps
+    assert result.mesh["data"] * result.mesh["fsdp"] * result.mesh["expert"] == jax.device_count()
+    # Bytes of Python source: log2(256) = 8 bits before training.
+    assert 1.0 < result.metrics["eval/bpb"] < 6.5
