@@ -67,7 +67,8 @@ def get_config(size: str = "full") -> ConfigDict:
         model.vocab_size, model.num_layers, model.model_dim, model.attention.num_heads = 256, 2, 64, 4
         model.position.max_length = 128
         model.dtype = "float32"
-        optim.warmup = 4.0
+        optim.lr, optim.warmup = 3e-3, 4.0
+        config.sample.max_new_tokens = 32
         train.num_steps, train.microbatches, train.log_every = 20, 2, 5
         train.eval_every = train.sample_every = train.save_every = 10
     return config

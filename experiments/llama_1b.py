@@ -2,7 +2,7 @@
 
 Claim: 1,235,814,400 parameters; fits one host of 8 accelerators with parameters split over `fsdp`.
 Command: jaxlm train --config=experiments/llama_1b.py --workdir=runs/llama_1b
-Hardware: 8 accelerators of 40 GB or more, 0.5 M tokens a step in 2 microbatches.
+Hardware: 8 accelerators of 40 GB or more, 0.5 M tokens a step in 8 microbatches.
 Expected: not run yet; no loss is claimed.
 Last run: none.
 
@@ -55,7 +55,7 @@ def get_config(size: str = "full") -> ConfigDict:
 
     train = config.train
     train.num_steps = 50_000
-    train.microbatches = 2
+    train.microbatches = 8
     train.eval_every = 2000
     train.save_every = 1000
 
@@ -66,7 +66,7 @@ def get_config(size: str = "full") -> ConfigDict:
         model.vocab_size, model.num_layers, model.model_dim, model.mlp_dim = 256, 2, 64, 128
         model.attention.num_heads, model.attention.num_kv_heads = 4, 2
         model.dtype = "float32"
-        optim.warmup = 4.0
-        train.num_steps, train.log_every = 20, 5
+        optim.lr, optim.warmup = 3e-3, 4.0
+        train.num_steps, train.microbatches, train.log_every = 20, 2, 5
         train.eval_every = train.save_every = 10
     return config

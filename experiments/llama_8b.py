@@ -63,7 +63,7 @@ def get_config(size: str = "full") -> ConfigDict:
         model.vocab_size, model.num_layers, model.model_dim, model.mlp_dim = 256, 2, 64, 128
         model.attention.num_heads, model.attention.num_kv_heads = 4, 2
         model.dtype = "float32"
-        optim.warmup = 4.0
+        optim.lr, optim.warmup = 3e-3, 4.0
         config.mesh.tensor = 1
         train.num_steps, train.log_every = 20, 5
         train.eval_every = train.save_every = 10

@@ -70,7 +70,7 @@ def get_config(size: str = "full") -> ConfigDict:
         model.attention.num_heads, model.attention.num_kv_heads, model.attention.head_dim = 4, 2, 16
         model.attention.window = 16
         model.dtype = "float32"
-        optim.warmup = 4.0
+        optim.lr, optim.warmup = 3e-3, 4.0
         train.num_steps, train.log_every = 20, 5
         train.eval_every = train.save_every = 10
     return config

@@ -68,16 +68,15 @@ def make_eval_step(
 
     Args:
         model: functions `apply` and `unembed`, as for the training objective.
-        cfg: `chunk` and `per_position` are used; z-loss and smoothing are not part of a likelihood.
+        cfg: `chunk` and `per_position` matter; z-loss and smoothing are not part of a likelihood.
         token_bytes_V: bytes of text that each token stands for.
     """
-    plain = LossConfig(chunk=cfg.chunk)
 
     @jax.jit
     def eval_step(params: Params, batch: Batch) -> RowSums:
         hidden_BTD, _ = model.apply(params, batch, None)
         targets_BT, weight_BT = batch["targets"], batch["weights"].astype(jnp.float32)
-        _, token = cross_entropy(plain, model.unembed, params, hidden_BTD, targets_BT, weight_BT)
+        _, token = cross_entropy(cfg, model.unembed, params, hidden_BTD, targets_BT, weight_BT)
         bytes_BT = 0.0 if token_bytes_V is None else jnp.asarray(token_bytes_V, jnp.float32)[targets_BT]
 
         def weighted(x_BT: Array | float) -> Array:

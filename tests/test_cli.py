@@ -1,11 +1,13 @@
 """The console command, called in this process: help, nearest names, one line and exit code 2 on bad input."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from jaxlm import cli
 from jaxlm.cli import main
 from jaxlm.config import build, config_hash, load_experiment
 from jaxlm.train.rundir import RunLock
@@ -241,6 +243,31 @@ def test_debug_shows_the_traceback(run):
     assert code == 2
     assert "Traceback" in err
     assert err.strip().splitlines()[-1].startswith("jaxlm: config: unknown key")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+def test_a_cpu_process_restarts_once_with_huge_pages(monkeypatch, tmp_path):
+    calls = []
+    policy = tmp_path / "enabled"
+    policy.write_text("always [madvise] never")
+    monkeypatch.setattr(cli, "_HUGE_PAGES", policy)
+    monkeypatch.setattr(cli.os, "execve", lambda *args: calls.append(args))
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=1")
+    for words in (["train", "--help"], ["config"], [], ["prepare", "train"]):
+        cli._restart_with_huge_pages(words)
+    assert calls == []
+    cli._restart_with_huge_pages(["train", "--workdir=x"])
+    ((program, words, env),) = calls
+    assert program == words[0] == sys.executable
+    assert words[1:] == sys.orig_argv[1:]
+    assert env["GLIBC_TUNABLES"] == "glibc.malloc.check=1:glibc.malloc.hugetlb=1"
+    monkeypatch.setenv("GLIBC_TUNABLES", env["GLIBC_TUNABLES"])
+    cli._restart_with_huge_pages(["train", "--workdir=x"])
+    monkeypatch.setenv("GLIBC_TUNABLES", "")
+    policy.write_text("always madvise [never]")
+    cli._restart_with_huge_pages(["train", "--workdir=x"])
+    assert len(calls) == 1
 
 
 # -------------------------------------------------------------------------------------- verbs that only look

@@ -74,6 +74,10 @@ def test_published_shapes_have_their_published_size(name, expected):
     assert result.counts.n_total == parameters
     assert f"{parameters:,}" in docstring(path)
     assert sum(row.bytes_per_device for row in result.leaves) == result.memory.params
+    # The docstring's hardware holds the estimated peak, with a third to spare for what is not counted.
+    count, gigabytes = re.search(r"Hardware: (\d+) accelerators of (\d+) GB", docstring(path)).groups()
+    assert int(count) == devices
+    assert result.memory.total * 4 / 3 < int(gigabytes) * 1e9
     split = [row for row in result.leaves if any(part is not None for part in row.spec)]
     assert (len(split) > 0) == (name != "gpt2_small")
 

@@ -142,7 +142,12 @@ def test_a_row_does_not_depend_on_its_batch(name):
         (SampleConfig(top_p=0.51), [0.25, 0.25, 0.25, 0.25], [0, 1, 2]),
         (SampleConfig(top_p=0.75), [0.125, 0.25, 0.5, 0.125], [1, 2]),
         (SampleConfig(top_p=0.0), [0.25, 0.25, 0.25, 0.25], [0]),
-        (SampleConfig(top_p=1.0), [1.0, 1e-30, 1e-30, 0.0], [0, 1, 2]),  # sums that round to 1 cut nothing
+        (SampleConfig(top_p=1.0), [1.0, 1e-30, 1e-30, 0.0], [0, 1, 2]),  # sums that round to 1 cut nothing,
+        (
+            SampleConfig(top_p=1.0, top_k=3),
+            [1.0, 1e-30, 1e-30, 0.0],
+            [0, 1, 2],
+        ),  # in a batch that is sorted, too
         (SampleConfig(top_p=0.999), [1.0, 1e-30, 1e-30, 0.0], [0]),
         (SampleConfig(min_p=1.0), [0.4, 0.1, 0.4, 0.1], [0, 2]),
         (SampleConfig(min_p=0.5), [0.5, 0.25, 0.125, 0.125], [0, 1]),
@@ -539,15 +544,34 @@ def test_more_requests_than_rows():
     assert last == results[-1]
 
 
-def test_done_rows_leave_their_cache_alone():
+def states(monkeypatch, watched: Generator) -> list:
+    """The state after each chunk that `watched` runs from now on."""
+    seen, inner = [], watched._chunk
+
+    def chunk(*args):
+        out = inner(*args)
+        seen.append(jax.device_get(out[0]))
+        return out
+
+    monkeypatch.setattr(watched, "_chunk", chunk)
+    return seen
+
+
+def test_done_rows_leave_their_cache_alone(monkeypatch):
     """The fake cache counts active columns: prompt tokens and every drawn token but the last."""
-    seen = []
     watched = generator(3)
-    inner = watched._chunk
-    watched._chunk = lambda *args: (seen.append(out := inner(*args)), out)[1]
+    seen = states(monkeypatch, watched)
     watched.generate(AROUND, [[2], [2, 3, 4]], [GREEDY, dataclasses.replace(GREEDY, max_new_tokens=3)])
-    state = seen[-1][0]
-    assert state.cache[:2, 0].tolist() == state.position_B[:2].tolist() == [1 + 9, 3 + 2]
+    assert seen[-1].cache[:2, 0].tolist() == seen[-1].position_B[:2].tolist() == [1 + 9, 3 + 2]
+
+
+def test_stop_strings_end_the_loop(monkeypatch):
+    """Stopped in its fourth token, so in the second chunk of three; the other row goes on alone."""
+    watched = generator(3)
+    seen = states(monkeypatch, watched)
+    stopped = dataclasses.replace(GREEDY, stop=("xyz",), max_new_tokens=40)
+    watched.generate(AROUND, [[2], [2]], [stopped, GREEDY])
+    assert [state.index_B[:2].tolist() for state in seen] == [[3, 3], [6, 6], [6, 9], [6, 10]]
 
 
 def test_compiled_once_for_each_bucket():

@@ -158,6 +158,7 @@ def start(
         real_BT = (jnp.arange(T) < lengths_B[:, None]).astype(jnp.int32)
         zeros_BV = jnp.zeros((B, model.vocab_size), jnp.int32)
         counts_BV = zeros_BV.at[jnp.arange(B)[:, None], tokens_BT].add(real_BT)
+        counts_BV = sharding.constrain(counts_BV, "batch", None)
     last_B = lengths_B - 1
     return DecodeState(
         cache=prefill(model, params, tokens_BT, last_B, cache_length),
@@ -417,7 +418,7 @@ class Generator:
             seen_B = index_B
 
     def _pin(self, state: DecodeState) -> Callable:
-        """The loop that leaves its state where `state` lies on the mesh: every chunk finds it in one place."""
+        """The loop that leaves its state where `state` lies on the mesh: every chunk finds it there."""
         shardings = jax.tree.map(lambda x: x.sharding, state)
         leaves, structure = jax.tree.flatten(shardings)
         key = (structure, *leaves)

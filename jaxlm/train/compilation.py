@@ -45,7 +45,10 @@ def counted_compilations(cache_dir: Path | None) -> Iterator[Compilations]:
     Args:
         cache_dir: made when the first program is kept; None = keep nothing.
     """
-    before = jax.config.jax_compilation_cache_dir
+    before, least = (
+        jax.config.jax_compilation_cache_dir,
+        jax.config.jax_persistent_cache_min_compile_time_secs,
+    )
     chosen = before or (str(cache_dir) if cache_dir is not None else "")
     counted = Compilations(cache_dir=chosen)
 
@@ -62,6 +65,8 @@ def counted_compilations(cache_dir: Path | None) -> Iterator[Compilations]:
 
     if chosen != before:
         jax.config.update("jax_compilation_cache_dir", chosen)
+        # A small model's programs take less than JAX's threshold of one second, and are its whole start.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", min(least, 0.1))
         jax_cache.reset_cache()  # JAX opens its cache once; without this a second directory would be ignored
     jax.monitoring.register_event_listener(on_event)
     jax.monitoring.register_event_duration_secs_listener(on_duration)
@@ -72,4 +77,5 @@ def counted_compilations(cache_dir: Path | None) -> Iterator[Compilations]:
         jax.monitoring.unregister_event_duration_listener(on_duration)
         if chosen != before:
             jax.config.update("jax_compilation_cache_dir", before)
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
             jax_cache.reset_cache()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 
+from jaxlm.errors import check
 from jaxlm.generate.decode import Generator
 from jaxlm.generate.sampling import SampleConfig
 from jaxlm.train.loop import Every
@@ -20,6 +21,14 @@ class Samples:
         self, path: Path, generator: Generator, prompts: Sequence[str], cfg: SampleConfig, start: int
     ) -> None:
         self._path, self._generator, self._prompts, self._cfg = path, generator, prompts, cfg
+        room = generator.model.max_length
+        for prompt in prompts:
+            length = 1 + len(generator.tokenizer.encode(prompt))
+            check(
+                not room or length + cfg.max_new_tokens <= room,
+                f"train.sample_prompts: {prompt!r} is {length} tokens, which with sample.max_new_tokens="
+                f"{cfg.max_new_tokens} do not fit the model's {room} positions",
+            )
         # Like the metrics: what lies past the checkpoint will be written again.
         kept = [text for step, text in self._blocks() if step <= start] if start else []
         write_text(path, "".join(kept))

@@ -16,6 +16,7 @@ import dataclasses
 import json
 import math
 import resource
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -30,7 +31,7 @@ from jaxlm.data.loader import Loader, eval_batches, make_dataset, prefetch
 from jaxlm.data.tokenizer import check_vocabulary, load_tokenizer
 from jaxlm.errors import UserError, check
 from jaxlm.evaluate import evaluate, make_eval_step
-from jaxlm.generate import decode
+from jaxlm.generate.decode import Generator, decoder
 from jaxlm.model import transformer
 from jaxlm.objectives.lm import make_lm_objective
 from jaxlm.optim import ema_params, make_optimizer, make_schedule
@@ -88,24 +89,15 @@ class Result:
         """What a person wants to know at the end."""
         head = f"{self.status} at step {self.steps:,} after {self.tokens:,} tokens"
         lines = [head + (f" ({self.reason})" if self.reason else "")]
-        shown = [
-            ("eval/nll", "nats per token"),
-            ("eval/bpb", "bits per byte"),
-            ("train/nll", "nats per token"),
-        ]
-        lines += [
-            f"{name:9} {self.metrics[name]:.4f} {unit}" for name, unit in shown if self.metrics.get(name)
-        ]
+        units = {"eval/nll": "nats per token", "eval/bpb": "bits per byte", "train/nll": "nats per token"}
+        known = {name: self.metrics[name] for name in units if self.metrics.get(name) is not None}
+        lines += [f"{name:9} {value:.4f} {units[name]}" for name, value in known.items()]
         spent = sorted(self.seconds.items(), key=lambda item: -item[1])
-        lines.append(
-            "time      " + ", ".join(f"{cause} {format_seconds(s)}" for cause, s in spent if s >= 0.5)
-        )
-        files = [
-            name
-            for name in ("loss.png", "samples.txt", "result.json")
-            if (Path(self.workdir) / name).exists()
-        ]
-        lines.append(f"files     {self.workdir}/ ({', '.join(['checkpoints', 'metrics.jsonl', *files])})")
+        shares = [f"{cause} {format_seconds(seconds)}" for cause, seconds in spent if seconds >= 0.5]
+        lines.append(f"time      {', '.join(shares)}")
+        names = ("checkpoints", "metrics.jsonl", "samples.txt", "loss.png", "result.json")
+        there = [name for name in names if (Path(self.workdir) / name).exists()]
+        lines.append(f"files     {self.workdir}/ ({', '.join(there)})")
         return "\n".join(lines)
 
 
@@ -159,6 +151,8 @@ def train(cfg: RunConfig, workdir: str | Path, *, bar: bool | None = None) -> Re
         # ---------------------------------------------------------------------------------------------- data
         tokenizer = load_tokenizer(cfg.data.tokenizer)
         check_vocabulary(tokenizer, cfg.model.vocab_size)
+        if chief:
+            _keep_tokenizer(cfg.data.tokenizer, workdir / "tokenizer")
         hosts = dict(host_index=jax.process_index(), host_count=jax.process_count())
         cached = dict(cache_dir=workdir.parent / "data_cache", progress=_print_preparation)
         with clock.spend("prepare"):
@@ -205,6 +199,7 @@ def train(cfg: RunConfig, workdir: str | Path, *, bar: bool | None = None) -> Re
         if chief:
             writers.append(JsonlWriter(workdir / "metrics.jsonl", start))
             writers.append(TensorBoardWriter(workdir / "events", start))
+            earlier = read_rows(workdir / "metrics.jsonl")  # of earlier starts, up to the checkpoint
         reporter = Reporter(
             writers,
             tokens_per_step=tokens_per_step,
@@ -213,15 +208,15 @@ def train(cfg: RunConfig, workdir: str | Path, *, bar: bool | None = None) -> Re
             num_devices=layout.mesh.size,
         )
         run.callback(reporter.close)
-        for row in read_rows(workdir / "metrics.jsonl"):  # those of earlier starts, up to the checkpoint
+        for row in earlier if chief else ():
             reporter.last |= {name: math.nan if x is None else x for name, x in row.items()}
-        if start:
-            console.log(f"going on at step {start} of {cfg.train.num_steps}")
+        console.log(
+            f"{workdir.name} (config {config_hash(cfg)[:12]}): {counts.n_total:,} parameters, "
+            f"{tokens_per_step:,} tokens a step, {layout.mesh.size} x {jax.devices()[0].device_kind}"
+            + (f"; going on at step {start} of {cfg.train.num_steps}" if start else "")
+        )
 
         # ------------------------------------------------------------------------------------- periodic work
-        generator = decode.Generator(decode.decoder(cfg.model), tokenizer, layout=layout)
-        samples = Samples(workdir / "samples.txt", generator, cfg.train.sample_prompts, cfg.sample, start)
-        profile = Profile(workdir / "profile", cfg.train.profile_start, cfg.train.profile_steps)
         scored, scored_at = {}, -1  # by the newest evaluation, and after which step that was
 
         def evaluate_now(done: int, state: TrainState) -> dict[str, float]:
@@ -243,20 +238,18 @@ def train(cfg: RunConfig, workdir: str | Path, *, bar: bool | None = None) -> Re
         def plot(done: int, state: TrainState) -> None:
             plot_loss(workdir / "metrics.jsonl", workdir / "loss.png", title=workdir.name)
 
-        t = cfg.train
-        periodic = [
-            Every(t.save_every, save, "save", last=True, stop=True, cause="checkpoint", after_report=True)
-        ]
+        t, at_every_end = cfg.train, dict(last=True, stop=True, after_report=True)
+        periodic = [Every(t.save_every, save, "save", cause="checkpoint", **at_every_end)]
         if held_out is not None:
-            periodic.append(Every(t.eval_every, evaluate_now, "eval", last=True, cause="eval"))
+            periodic.append(Every(t.eval_every, evaluate_now, "eval", cause="eval", last=True))
         if t.sample_prompts:
-            periodic.append(Every(t.sample_every, samples, "sample", last=True, cause="sample"))
+            generator = Generator(decoder(cfg.model), tokenizer, layout=layout)
+            samples = Samples(workdir / "samples.txt", generator, t.sample_prompts, cfg.sample, start)
+            periodic.append(Every(t.sample_every, samples, "sample", cause="sample", last=True))
         if chief:
-            periodic.append(
-                Every(t.plot_every, plot, "plot", last=True, stop=True, cause="plot", after_report=True)
-            )
+            periodic.append(Every(t.plot_every, plot, "plot", cause="plot", **at_every_end))
         if t.profile_start:
-            periodic += profile.jobs()
+            periodic += Profile(workdir / "profile", t.profile_start, t.profile_steps).jobs()
 
         # ---------------------------------------------------------------------------------------------- loop
         starting.close()
@@ -272,15 +265,13 @@ def train(cfg: RunConfig, workdir: str | Path, *, bar: bool | None = None) -> Re
                 steps=steps,
                 tokens=steps * tokens_per_step,
                 flops=counts.flops_train * steps * tokens_per_step,
-                metrics={
-                    name: x if math.isfinite(x) else None for name, x in reporter.last.items() if "/" in name
-                },
+                metrics={name: _finite(x) for name, x in reporter.last.items() if "/" in name},
                 counts=counts.to_dict(),
                 mesh=dict(layout.mesh.shape),
                 device=jax.devices()[0].device_kind,
                 seconds={cause: round(s, 3) for cause, s in clock.seconds().items()},
                 compilation=compiled.to_dict(),
-                peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                peak_rss_bytes=_peak_rss(),
             )
 
         try:
@@ -338,6 +329,11 @@ def place_batch(layout: Layout, batch: Batch) -> Batch:
     return {name: jax.make_array_from_process_local_data(rows, x) for name, x in batch.items()}
 
 
+def _peak_rss() -> int:
+    """Largest resident memory of this process so far; Linux counts in KiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def _finite(x: float) -> float | None:
     """None for NaN and infinity, which JSON does not have."""
     return x if math.isfinite(x) else None
@@ -358,6 +354,22 @@ def _check_shapes(cfg: RunConfig, layout: Layout) -> None:
             cfg.data.seq_len <= longest,
             f"data.seq_len={cfg.data.seq_len} is longer than model.position.max_length={longest}",
         )
+
+
+def _keep_tokenizer(spec: str, folder: Path) -> None:
+    """Copy the tokenizer into the run directory, so that the run can be moved and still be sampled."""
+    path = Path(spec)
+    if spec == "byte":
+        return
+    folder.mkdir(exist_ok=True)
+    if path.is_dir():
+        files = [path / name for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")]
+    else:
+        files = [path, path.with_name("tokenizer_config.json")]
+    for file in files:
+        if file.is_file():
+            name = file.name if file.name == "tokenizer_config.json" else f"tokenizer{file.suffix}"
+            shutil.copyfile(file, folder / name)
 
 
 def _check_same_data(saved: Any, fingerprint: str, workdir: Path) -> None:
@@ -386,10 +398,12 @@ def _read_result(workdir: Path) -> Result | None:
     if not path.exists():
         return None
     tree = json.loads(path.read_text())
-    names = {field.name for field in dataclasses.fields(Result)}
+    names = {field.name for field in dataclasses.fields(Result)} - {"metrics"}
+    if not names <= tree.keys():
+        return None  # written by another version
     return Result(
         metrics={name: x for name, x in tree.items() if name not in names},
-        **{name: x for name, x in tree.items() if name in names},
+        **{name: tree[name] for name in names},
     )
 
 

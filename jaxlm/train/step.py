@@ -171,17 +171,3 @@ def make_step(
         }
 
     return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
-
-
-def make_eval_step(objective: Objective) -> Callable[[Params, Params | None, Batch], Pairs]:
-    """The jitted `eval_step(params, frozen, batch) -> metrics`: sums without gradient and without dropout.
-
-    The caller adds the pairs of all batches and divides once.
-    """
-
-    @jax.jit
-    def eval_step(params: Params, frozen: Params | None, batch: Batch) -> Pairs:
-        loss, weight, metrics = objective(whole(params, frozen), batch, None)
-        return {**metrics, "total": (loss, weight)}
-
-    return eval_step

@@ -51,7 +51,8 @@ def load_trained(
     """
     workdir = Path(workdir).absolute()
     cfg = load_config(workdir / "config.json")
-    tokenizer = load_tokenizer(cfg.data.tokenizer)
+    kept = workdir / "tokenizer"
+    tokenizer = load_tokenizer(str(kept) if kept.is_dir() else cfg.data.tokenizer)
     check_vocabulary(tokenizer, cfg.model.vocab_size)
     layout = Layout(make_mesh(cfg.mesh if mesh is None else mesh))
     init = partial(transformer.init, cfg.model)

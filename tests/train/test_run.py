@@ -172,8 +172,8 @@ def test_three_programs_are_compiled_besides_sampling(finished):
     programs = result.compilation["programs"]
     names = {"build", "step", "eval_step", "start", "decode_chunk"}
     assert {name: len(programs[name]) for name in names} == dict.fromkeys(names, 1)
-    # Besides: `jax.random.key(seed)`, and the copy that a checkpoint takes of the state.
-    assert set(programs) - names <= {"_threefry_seed", "stage"}
+    # Besides: seeds to keys, and the copy that a checkpoint takes of the state.
+    assert set(programs) - names <= {"_threefry_seed", "bitwise_or", "stage"}
 
 
 def test_samples_follow_their_prompts(finished):
@@ -269,6 +269,13 @@ def test_a_second_process_is_refused(finished):
         ({"data": {"train": "/nowhere/*.txt"}}, "/nowhere"),
         ({"data": {"train": ""}}, "data.train names no files"),
         ({"data": {"tokenizer": "/nowhere.model"}}, "tokenizer '/nowhere.model' does not exist"),
+        (
+            {
+                "model": {"position": {"kind": "learned", "max_length": 16}},
+                "sample": {"max_new_tokens": 10},
+            },
+            "'the cat' is 8 tokens, which with sample.max_new_tokens=10 do not fit the model's 16 positions",
+        ),
         ({"train": {"warm_start": "/nowhere"}}, "/nowhere holds no checkpoint"),
         ({"optim": {"warmup": 100.0}}, "do not fit in the run of 6"),
     ],
@@ -336,6 +343,28 @@ def test_samples_of_a_run_are_a_function_of_the_seed(finished):
     again = sample(workdir, ["the", "a cat"], max_new_tokens=5, seed=3)
     assert [r.tokens for r in first] == [r.tokens for r in again]
     assert all(1 <= len(r.tokens) <= 5 for r in first)
+
+
+@pytest.mark.slow
+def test_a_moved_run_keeps_its_tokenizer_and_a_profile_is_written(texts, tmp_path):
+    """The tokenizer's own file and the text are gone: the run directory is enough to sample."""
+    from jaxlm.data.tokenizer import train_sentencepiece
+
+    spec = tmp_path / "t.model"
+    train_sentencepiece([(texts / "train_a.txt").read_text()], spec, 275)
+    cfg = config(
+        texts,
+        data={"tokenizer": str(spec)},
+        model={"vocab_size": 275},
+        train={"profile_start": 2, "profile_steps": 2},
+    )
+    train(cfg, tmp_path / "runs" / "run", bar=False)
+    spec.unlink()
+    moved = tmp_path / "elsewhere"
+    (tmp_path / "runs" / "run").rename(moved)
+    (result,) = sample(moved, ["the"], max_new_tokens=3)
+    assert 1 <= len(result.tokens) <= 3
+    assert list((moved / "profile").rglob("*.xplane.pb"))
 
 
 @pytest.mark.slow

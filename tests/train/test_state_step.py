@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxlm.errors import UserError
 from jaxlm.sharding import Layout, tree_shardings, use
 from jaxlm.train.state import abstract_state, create_state, follow_params, replace_params
-from jaxlm.train.step import make_eval_step, make_step, split_rows
+from jaxlm.train.step import make_step, split_rows
 from jaxlm.tree import combine, named_leaves
 
 
@@ -332,20 +332,6 @@ def test_dropout_key_differs_by_step_and_microbatch_and_run(toy):
     two = drawn(0, 1, microbatches=2)[0]
     assert two != first[0]
     assert two != 2 * first[0]
-
-
-def test_eval_step_has_no_key_and_changes_nothing(toy):
-    def objective(params, batch, key):
-        assert key is None
-        return toy.objective(params, batch, key)
-
-    state, frozen = create_state(
-        toy.init, toy.optimizer(), 0, trainable=lambda name, _: name.startswith("head")
-    )
-    out = make_eval_step(objective)(state.params, frozen, toy.batch(0))
-    loss, weight, _ = toy.objective(combine(state.params, frozen), toy.batch(0), None)
-    np.testing.assert_allclose(out["total"], (loss, weight), rtol=1e-6)
-    np.testing.assert_allclose(out["nll"], (loss, weight), rtol=1e-6)
 
 
 def test_optimizer_that_changes_its_state_types_is_refused(toy):
