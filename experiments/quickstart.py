@@ -28,9 +28,9 @@ def get_config(size: str = "full") -> ConfigDict:
     model = config.model
     model.vocab_size = 2048
     model.num_layers = 4
-    model.model_dim = 192
-    model.mlp_dim = 512
-    model.attention.num_heads = 6
+    model.model_dim = 128
+    model.mlp_dim = 352
+    model.attention.num_heads = 4
     model.tie_embeddings = True
     model.scan = False  # four layers compile quickly, and unrolled is faster on a CPU
     model.dtype = "bfloat16"  # operands of products; sums, parameters and optimizer stay fp32
@@ -42,7 +42,7 @@ def get_config(size: str = "full") -> ConfigDict:
     data.seq_len = 256
     data.batch_size = 16
 
-    # Less than an epoch: what counts is progress per token, and Muon makes the most.
+    # An epoch and a half: what counts is progress per token, and Muon makes the most.
     config.optim.name = "muon"
     config.optim.lr = 1e-2
     config.optim.schedule, config.optim.final = "linear", 0.0
@@ -50,9 +50,9 @@ def get_config(size: str = "full") -> ConfigDict:
 
     config.sample.temperature = 0.8
     train = config.train
-    train.num_steps = 400
-    train.eval_every = 100
-    train.sample_every = train.save_every = 200
+    train.num_steps = 640
+    train.eval_every = 160
+    train.sample_every = train.save_every = 320
     train.sample_prompts = ("FALSTAFF.", "To be, or")
 
     if size == "smoke":

@@ -414,6 +414,7 @@ QUICKSTART = [
     "jaxlm prepare",
     "jaxlm train",
     "jaxlm evaluate",
+    "python tools/compare_ngram.py",
     "jaxlm sample",
 ]
 
