@@ -22,7 +22,7 @@ def get_config(size: str = "full") -> ConfigDict:
     check_choice(size, ("full", "smoke"), "base.py:")
     config = default_config()
 
-    config.seed = 0  # of parameters, dropout and samples; the order of the data has its own, data.seed
+    config.seed = 0  # of parameters and dropout; the order of the data has its own, data.seed
 
     # Shape and variations of a transformer stack.
     model = config.model
@@ -152,6 +152,7 @@ def get_config(size: str = "full") -> ConfigDict:
     mesh.fsdp = 1  # parameters, gradients and optimizer state split along `embed`; rows split too
     mesh.tensor = 1  # heads, mlp and vocabulary split (Megatron layout)
     mesh.expert = 1  # experts split; rows split too
+    mesh.rules = ()  # (logical axis, mesh axes) pairs that replace those of RULES
 
     # What the loop does and how often; steps count updates of the parameters.
     train = config.train

@@ -70,7 +70,7 @@ class TrainConfig:
 class RunConfig:
     """Everything that decides a run. One field per room."""
 
-    seed: int = 0  # of parameters, dropout and samples; the order of the data has its own, data.seed
+    seed: int = 0  # of parameters and dropout; the order of the data has its own, data.seed
     model: TransformerConfig = dataclasses.field(default_factory=TransformerConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from jaxlm.errors import UserError, check, check_choice
+from jaxlm.master_weights import keep_master
 from jaxlm.tree import combine, map_named, named_leaves, partition
 
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "sgd")
@@ -394,13 +395,13 @@ def guard(inner: optax.GradientTransformation, clip_norm: float) -> Transform:
     moments, which takes an update of AdamW a third longer.
 
     Args:
-        inner: gets float32 gradients and the parameters; its state is made float32.
+        inner: gets float32 gradients and the parameters.
         clip_norm: largest global norm; 0 = no clipping.
     """
 
     def init(params):
         norm, total, run = jnp.zeros([], jnp.float32), jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
-        return GuardState(norm, total, run, inner.init(jax.tree.map(lambda p: p.astype(jnp.float32), params)))
+        return GuardState(norm, total, run, inner.init(params))
 
     def update(grads, state, params=None):
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
@@ -476,7 +477,7 @@ def make_optimizer(cfg: OptimConfig, schedule: Schedule, *, multipliers: Multipl
     chain = split(_is_router_bias, balance, optax.chain(_direction(cfg), rate))
     if cfg.ema:
         chain = optax.chain(chain, average_params(cfg.ema))
-    return guard(chain, cfg.clip_norm)
+    return guard(keep_master(chain), cfg.clip_norm)
 
 
 def grad_norm(opt_state: GuardState) -> Float[Array, ""]:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxlm.errors import UserError, nearest
+from jaxlm.errors import UserError, check_choice, nearest
 from jaxlm.tree import map_named, named_leaves
 
 MESH_AXES = ("data", "fsdp", "tensor", "expert")
@@ -46,9 +46,14 @@ class MeshConfig:
     fsdp: int = 1  # parameters, gradients and optimizer state split along `embed`; rows split too
     tensor: int = 1  # heads, mlp and vocabulary split (Megatron layout)
     expert: int = 1  # experts split; rows split too
+    rules: tuple[tuple[str, str], ...] = ()  # (logical axis, mesh axes) pairs that replace those of RULES
 
     def __post_init__(self) -> None:
-        sizes = dataclasses.asdict(self)
+        sizes = {name: getattr(self, name) for name in MESH_AXES}
+        for axis, mesh_axes in self.rules:
+            check_choice(axis, RULES, "mesh.rules")
+            for mesh_axis in mesh_axes.split():
+                check_choice(mesh_axis, MESH_AXES, f"mesh.rules: {axis}")
         for name, n in sizes.items():
             if n != -1 and n < 1:
                 raise UserError(f"mesh.{name}={n} must be a positive size, or -1 for all remaining devices")
@@ -57,6 +62,14 @@ class MeshConfig:
             raise UserError(
                 f"mesh: only one axis can be -1 (all remaining devices), got {' and '.join(free)}"
             )
+
+    def table(self) -> dict[str, tuple[str, ...]]:
+        """`RULES` with this config's replacements.
+
+        >>> MeshConfig(rules=(("kv_heads", ""), ("mlp", "tensor expert"))).table()["mlp"]
+        ('tensor', 'expert')
+        """
+        return RULES | {axis: tuple(mesh_axes.split()) for axis, mesh_axes in self.rules}
 
     def shape(self, num_devices: int) -> tuple[int, ...]:
         """Axis sizes in the order of `MESH_AXES` on `num_devices` devices.
@@ -179,7 +192,7 @@ def check_divisible(layout: Layout, name: str, shape: Sequence[int], axes: Seque
             where = " x ".join(f"{m}={layout.mesh.shape[m]}" for m in layout.rules[axis])
             raise UserError(
                 f"{name}: {axis} has size {n}, which the mesh ({where}) does not divide; "
-                f"choose a mesh axis that divides {n}, or a rule that leaves {axis!r} whole"
+                f"choose a mesh axis that divides {n}, or leave {axis!r} whole: mesh.rules=(({axis!r}, ''),)"
             )
 
 

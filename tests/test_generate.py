@@ -385,6 +385,22 @@ def test_a_request_alone_says_the_same(windowed):
         np.testing.assert_allclose(alone.logprobs, expected.logprobs, atol=2e-5)
 
 
+def test_experts_do_not_fill_up_with_other_prompts():
+    """Trained with capacity, whose limit depends on the padded row: generation drops nothing."""
+    moe = MoEConfig(num_experts=4, top_k=2, dispatch="capacity", capacity_factor=0.5)
+    cfg = small(mlp_pattern=("moe",), moe=moe)
+    params, generator = make_params(cfg), Generator(decoder(cfg))
+    greedy = SampleConfig(temperature=0.0, max_new_tokens=6)
+    prompt, longer = [3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8] * 12
+    (alone,) = generator.generate(params, [prompt], [greedy])
+    beside, _ = generator.generate(params, [prompt, longer], [greedy] * 2)
+    assert alone.tokens == beside.tokens
+    tokens_BT = np.asarray([prompt + alone.tokens])
+    dropless = dataclasses.replace(cfg, moe=dataclasses.replace(moe, dispatch="dropless"))
+    logits_TV = np.asarray(forward(dropless, params, tokens_BT))[0]
+    assert logits_TV.argmax(-1)[len(prompt) - 1 : -1].tolist() == alone.tokens
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [dict(data=4, tensor=2), dict(data=1, fsdp=2, tensor=2)], ids=str)
 def test_a_mesh_says_the_same(mesh):

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "jaxlm"
 
 # Room -> rooms that it may import besides itself. Left to right: L0, L1, L2, L3, L4.
-L0 = {"errors", "tree", "weights", "sharding", "stack"}
+L0 = {"master_weights", "errors", "tree", "weights", "sharding", "stack"}
 L1 = {"model", "data", "optim"}
 L2 = {"objectives", "generate", "scaling"}
 L3 = {"evaluate", "train"}

@@ -430,12 +430,14 @@ def test_ema_in_closed_form():
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_ema_follows_the_rounded_parameters():
+def test_ema_follows_the_float32_copy_of_rounded_parameters():
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), draw(0))
     after, state = run(conforming("adamw"), params, [draw(1)])
-    for ema, a, b in zip(*map(jax.tree.leaves, (ema_params(state), params, after)), strict=True):
+    trees = (ema_params(state), params, after, state.inner.master)
+    for ema, a, rounded, b in zip(*map(jax.tree.leaves, trees), strict=True):
         assert ema.dtype == jnp.float32
-        np.testing.assert_allclose(ema, 0.5 * a.astype(jnp.float32) + 0.5 * b.astype(jnp.float32), rtol=1e-6)
+        np.testing.assert_array_equal(rounded, b.astype(jnp.bfloat16))
+        np.testing.assert_allclose(ema, 0.5 * a.astype(jnp.float32) + 0.5 * b, rtol=1e-6)
 
 
 def test_ema_is_absent_by_default():

@@ -328,7 +328,12 @@ class Worker:
 
     def __init__(self, name: str, folder: pathlib.Path, python: str) -> None:
         self.name, self.rates, self.losses = name, [], []
-        environment = {"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": HUGE_PAGES, "PYTHONPATH": str(TOOLS.parent)}
+        environment = {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false",  # as `jaxlm train` sets it
+            "GLIBC_TUNABLES": HUGE_PAGES,
+            "PYTHONPATH": str(TOOLS.parent),
+        }
         self._process = subprocess.Popen(
             [python, str(TOOLS / "bench_train.py"), "--worker", name, "--folder", str(folder)],
             stdin=subprocess.PIPE,

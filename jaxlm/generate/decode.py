@@ -50,11 +50,15 @@ class Decoder:
 def decoder(cfg: transformer.TransformerConfig) -> Decoder:
     """The `Decoder` of a decoder-only transformer.
 
+    Experts are dropless here, whatever the dispatch in training: capacity is a share of a padded row, so a
+    text would depend on the longest prompt of its batch, and steps of one token never drop anyway.
+
     Raises:
         UserError: the model is not causal.
     """
     if not cfg.causal:
         raise UserError("model.causal=False: only a causal model can generate text")
+    cfg = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, dispatch="dropless"))
 
     def apply(params, tokens_BT, segments_BT, positions_BT, cache):
         hidden_BTD, cache, _ = transformer.apply(

@@ -136,12 +136,14 @@ def reference(
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
-def xla(q_BTNH, k_BSKH, v_BSKH, mask: Mask, *, scale, bias_BNTS=None, dtype="float32", **_unused):
-    """`jax.nn.dot_product_attention`, XLA's own lowering on every platform."""
+def xla(q_BTNH, k_BSKH, v_BSKH, mask: Mask, *, scale, bias_BNTS, softcap, sinks_N, dtype, accum):
+    """`jax.nn.dot_product_attention`, XLA's own lowering on every platform; it sums scores in fp32."""
+    assert not softcap, "check_backend lets no softcap through"
+    assert sinks_N is None, "check_backend lets no sinks through"
+    check(accum == "float32", f"model.accum_dtype={accum!r}: backend 'xla' sums in float32; use 'reference'")
     q, k, v = (a.astype(dtype) for a in (q_BTNH, k_BSKH, v_BSKH))
     seen = mask.visible_BTS()[:, None]
-    bias = None if bias_BNTS is None else bias_BNTS.astype(q.dtype)
-    return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=seen, scale=scale, implementation="xla")
+    return jax.nn.dot_product_attention(q, k, v, bias=bias_BNTS, mask=seen, scale=scale, implementation="xla")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,12 +13,13 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from jaxlm.errors import check, check_choice
 from jaxlm.model.layers import ACTIVATIONS, normal_init
 from jaxlm.sharding import constrain
-from jaxlm.weights import matmul
+from jaxlm.weights import PRODUCT, matmul
 
 BACKENDS = ("auto", "dense", "loop", "ragged")
 
@@ -176,7 +177,7 @@ def auxiliary(
     real_BT = mask_BT.astype(jnp.float32)
     n_B = real_BT.sum(-1)
     count_BE = routing.chosen_BTE.sum(1).astype(jnp.float32)
-    share_BE = jnp.einsum("BTE,BT->BE", routing.probs_BTE, real_BT)
+    share_BE = jnp.sum(routing.probs_BTE * real_BT[..., None], axis=1)
     safe_B = jnp.maximum(n_B, 1.0)
     balance = jnp.sum(experts / cfg.top_k * (count_BE * share_BE).sum(-1) / safe_B)
     z_BT = jnp.square(jax.nn.logsumexp(routing.logits_BTE, axis=-1))
@@ -338,7 +339,8 @@ def grouped_matmul(
         result: dtype of the result; default `dtype`.
     """
     check_choice(backend, ("loop", "ragged"), "grouped_matmul: backend")
-    return _grouped(x_MD, w_EDF, group_sizes_E, backend, str(dtype), str(accum), str(result or dtype))
+    y_MF = _grouped(x_MD, w_EDF, group_sizes_E, backend, str(dtype), str(accum), str(result or dtype))
+    return checkpoint_name(y_MF, PRODUCT)
 
 
 # --- The layer ---
@@ -379,8 +381,7 @@ class MoE(nn.Module):
             bias_E = None
             if cfg.bias_balancing:  # moved by small equal steps, which a bf16 parameter would swallow
                 bias_E = self.param("router_bias", nn.initializers.zeros, (cfg.num_experts,), "float32")
-            with jax.default_matmul_precision("highest"):  # a TPU's default would round the logits to bf16
-                logits_BTE = matmul("BTD,DE->BTE", x_BTD, router_DE, out=("batch", "length", None))
+            logits_BTE = matmul("BTD,DE->BTE", x_BTD, router_DE, out=("batch", "length", None))
             routing = route(cfg, logits_BTE, mask_BT, bias_E)
         experts = self._parameters("", (cfg.num_experts,), dim, width)
         if cfg.dispatch == "capacity":

@@ -145,10 +145,7 @@ class TransformerConfig:
                 f"attention.head_dim"
             )
         if self.position.kind == "rope":
-            check(
-                int(self.head_dim * self.position.fraction) >= 2 and self.head_dim % 2 == 0,
-                f"model: rotary positions need an even head_dim of at least 2, got {self.head_dim}",
-            )
+            pos.rotary_dim(self.position, self.head_dim)  # refuses what cannot be paired
         check_backend(
             self.attention.backend,
             softcap=self.attention.softcap > 0,

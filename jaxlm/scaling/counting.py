@@ -137,13 +137,12 @@ def _score_flops(cfg: TransformerConfig, seq_len: int, whole: bool) -> float:
 def hardware_flops(cfg: TransformerConfig, seq_len: int) -> float:
     """FLOPs per token that a training step executes: the whole score matrix, and what remat computes again.
 
-    full: the products of the blocks once more. minimal: the scores and the experts (products with batch
-    dimensions) once more. An upper bound: the compiler may drop a recomputed product that no gradient needs.
-    Not in it: logits that the loss computes twice, and unchosen experts (the `dense` dropless backend).
+    full: the products of the blocks once more. minimal: the scores once more. An upper bound: the compiler
+    may drop a recomputed product that no gradient needs. Not in it: unchosen experts (the `dense` dropless
+    backend, which is what dropless dispatch takes on several devices: E / k times the experts' share).
     """
     counted, scores = weights(cfg), _score_flops(cfg, seq_len, whole=True)
-    chosen = counted.active - (counted.total - counted.experts)
-    again = {"none": 0.0, "minimal": scores + 2.0 * chosen, "full": scores + 2.0 * counted.body_products}
+    again = {"none": 0.0, "minimal": scores, "full": scores + 2.0 * counted.body_products}
     return 3.0 * forward_flops(cfg, seq_len, whole_scores=True) + again[cfg.remat]
 
 
@@ -380,10 +379,9 @@ def _activation_bytes(cfg: TransformerConfig, seq_len: int, shards: Mapping[str,
     kinds, P = [mlp for _, mlp in cfg.layer_kinds], cfg.period
     if cfg.remat == "none":
         return sum(map(whole, kinds))
-    units = cfg.num_layers // P
-    stacked, tail = kinds[: units * P], kinds[units * P :]  # the tail is not rematerialised
-    kept = sum(map(products, stacked)) if cfg.remat == "minimal" else units * s * D
-    return kept + sum(map(whole, kinds[:P])) + sum(map(whole, tail))
+    units = cfg.num_layers // P + cfg.num_layers % P  # a layer of the tail is a unit of its own
+    kept = sum(map(products, kinds)) if cfg.remat == "minimal" else units * s * D
+    return kept + sum(map(whole, kinds[:P]))
 
 
 # --- Tables for people ---

@@ -213,7 +213,7 @@ def train_loop(
     def settle(done: int, metrics: dict) -> None:
         """Wait for update number `done`, and collect its row if it is one to log."""
         nonlocal bad
-        logged = done % log_every == 0 or done == start + 1 or done == num_steps
+        logged = done % log_every == 0 or done == start + 1 or done == num_steps or reason
         with clock.spend("step"):
             # Every step is waited for, one step late: the host cannot run away and pile up batches on the
             # device.

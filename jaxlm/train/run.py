@@ -113,6 +113,11 @@ def train(cfg: RunConfig, workdir: str | Path, *, bar: bool | None = None) -> Re
         UserError: bad input, before any work is spent; a directory that is in use or holds another run.
         NonFiniteError: too many updates in a row were not finite.
     """
+    # On a CPU the host's cores are the device: a step that runs while the host prepares and queues the next one
+    # is a tenth slower. Read when the backend starts, so it comes first; other platforms do not know it.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    processes = jax.process_count()
+    check(processes == 1, f"{processes} processes: training over several is not supported yet")
     clock, workdir, chief = Clock(), Path(workdir).absolute(), jax.process_index() == 0
     run, starting = contextlib.ExitStack(), contextlib.ExitStack()
     with run, starting:
@@ -133,7 +138,7 @@ def train(cfg: RunConfig, workdir: str | Path, *, bar: bool | None = None) -> Re
         compiled = run.enter_context(counted_compilations(cache_dir))
 
         # ---------------------------------------------------------------------------------------------- mesh
-        layout = Layout(make_mesh(cfg.mesh))
+        layout = Layout(make_mesh(cfg.mesh), cfg.mesh.table())
         run.enter_context(use(layout))
         place = partial(place_batch, layout)
         _check_shapes(cfg, layout)
@@ -433,7 +438,8 @@ def plan(cfg: RunConfig, *, num_devices: int | None = None) -> Plan:
         UserError: shapes that do not fit together or that the mesh does not divide.
     """
     sizes = cfg.mesh.shape(num_devices or jax.device_count())
-    layout = Layout(AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)))
+    mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    layout = Layout(mesh, cfg.mesh.table())
     _check_shapes(cfg, layout)
     tokens = cfg.data.batch_size * cfg.data.seq_len
     optimizer = make_optimizer(cfg.optim, make_schedule(cfg.optim, cfg.train.num_steps, tokens))

@@ -148,7 +148,7 @@ def make_step(
             if shardings is not None:
                 grads = jax.lax.with_sharding_constraint(grads, shardings.params)
             divisor = jnp.where(weight > 0, weight, 1.0)
-            grads = jax.tree.map(lambda g: g / divisor, grads)
+            grads = jax.tree.map(lambda g: jnp.where(weight > 0, g / divisor, jnp.zeros_like(g)), grads)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             after = state.next(optax.apply_updates(state.params, updates), opt_state)

@@ -54,7 +54,8 @@ def load_trained(
     kept = workdir / "tokenizer"
     tokenizer = load_tokenizer(str(kept) if kept.is_dir() else cfg.data.tokenizer)
     check_vocabulary(tokenizer, cfg.model.vocab_size)
-    layout = Layout(make_mesh(cfg.mesh if mesh is None else mesh))
+    mesh = cfg.mesh if mesh is None else mesh
+    layout = Layout(make_mesh(mesh), mesh.table())
     init = partial(transformer.init, cfg.model)
     tokens = cfg.data.batch_size * cfg.data.seq_len
     optimizer = make_optimizer(cfg.optim, make_schedule(cfg.optim, cfg.train.num_steps, tokens))

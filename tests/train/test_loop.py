@@ -139,7 +139,7 @@ def test_nothing_left_to_do(fake):
 def test_stop_ends_after_the_step_and_runs_only_what_must_be_saved(fake):
     periodic = [Every(0, fake.job("eval"), last=True), Every(0, fake.job("save"), stop=True, last=True)]
     result, rows = run(
-        fake, *periodic, num_steps=10, stop=lambda step: "SIGTERM" if step == 3 else "", log_every=3
+        fake, *periodic, num_steps=10, stop=lambda step: "SIGTERM" if step == 3 else "", log_every=10
     )
     assert (result.step, result.status, result.reason) == (3, "stopped", "SIGTERM")
     assert [line for line in fake.diary if line.split()[0] in ("eval", "save")] == ["save 3"]

@@ -350,3 +350,17 @@ def test_next_counts_one_update(toy):
     assert int(after.step) == 1
     assert dataclasses.replace(after, step=state.step).key is state.key
     assert isinstance(toy.layout(data=8), Layout)
+
+
+def test_a_batch_of_no_weight_has_no_gradient_even_of_auxiliary_losses(toy):
+    def objective(params, batch, key):
+        loss, weight, metrics = toy.objective(params, batch, key)
+        return loss, 0.0 * weight, metrics  # the loss still has a gradient, as that of a router would
+
+    optimizer = toy.optimizer(name="sgd", lr=0.1, momentum=0.0, weight_decay=0.0)
+    state, frozen = create_state(toy.init, optimizer, 0)
+    before = host(state.params)
+    after, metrics = make_step(objective, optimizer)(state, frozen, toy.batch(0))
+    assert float(metrics["grad_norm"][0]) == 0.0
+    for name, leaf in host(after.params).items():
+        np.testing.assert_array_equal(leaf, before[name], err_msg=name)
