@@ -113,8 +113,8 @@ def train(cfg: RunConfig, workdir: str | Path, *, bar: bool | None = None) -> Re
         UserError: bad input, before any work is spent; a directory that is in use or holds another run.
         NonFiniteError: too many updates in a row were not finite.
     """
-    # On a CPU the host's cores are the device: a step that runs while the host prepares and queues the next one
-    # is a tenth slower. Read when the backend starts, so it comes first; other platforms do not know it.
+    # On a CPU the host's cores are the device: a step that runs while the host queues the next one is a tenth
+    # slower. Read when the backend starts, so it comes first; other platforms do not know it.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     processes = jax.process_count()
     check(processes == 1, f"{processes} processes: training over several is not supported yet")
