@@ -19,7 +19,7 @@ from jaxlm.errors import check_choice
 
 
 def get_config(size: str = "full") -> ConfigDict:
-    check_choice(size, ("full", "smoke"), "base.py:")
+    check_choice(size, ("full", "smoke"), "--config: size after the colon")
     config = default_config()
 
     config.seed = 0  # of parameters and dropout; the order of the data has its own, data.seed

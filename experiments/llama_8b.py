@@ -20,7 +20,7 @@ from jaxlm.errors import check_choice
 
 
 def get_config(size: str = "full") -> ConfigDict:
-    check_choice(size, ("full", "smoke"), "llama_8b.py:")
+    check_choice(size, ("full", "smoke"), "--config: size after the colon")
     config = default_config()
 
     model = config.model

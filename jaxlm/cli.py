@@ -39,9 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv = sys.argv[1:]
         _restart_with_huge_pages(argv)
     argv = list(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a model may write what the terminal cannot show
     debug = "--debug" in argv
     argv = [arg for arg in argv if arg != "--debug"]
     try:
+        for arg in argv:
+            if any("\ud800" <= c <= "\udfff" for c in arg):
+                raise UserError(f"argument {arg!r} is not UTF-8")
         return _dispatch(argv)
     except KeyboardInterrupt:
         print("jaxlm: interrupted", file=sys.stderr)

@@ -79,6 +79,9 @@ class RunConfig:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
 
+    def __post_init__(self) -> None:
+        check(0 <= self.seed < 2**32, f"seed={self.seed} must be in [0, 2**32)")
+
 
 # How a run is executed, watched and kept, not what it computes: two configs that differ only here are one
 # run, so a resume may change them (and the machine).
@@ -333,7 +336,12 @@ def load_experiment(spec: str) -> ConfigDict:
     if module_spec is None or module_spec.loader is None:
         raise UserError(f"--config={spec}: {file} is not a Python file")
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    try:
+        module_spec.loader.exec_module(module)
+    except SyntaxError as e:
+        raise UserError(f"--config={spec}: {e.filename}:{e.lineno}: {e.msg}") from e
+    except ImportError as e:
+        raise UserError(f"--config={spec}: {file} cannot be imported: {e}") from e
     if not hasattr(module, "get_config"):
         raise UserError(f"--config={spec}: {file} has no function get_config(arg)")
     if colon and not inspect.signature(module.get_config).parameters:

@@ -122,6 +122,8 @@ def test_the_version_is_printed(run):
         (("evaluate", "--mesh=fdsp=2", "--workdir=x"), "unknown key --mesh.fdsp; did you mean 'fsdp'?"),
         (("evaluate", "--mesh=fsdp=two", "--workdir=x"), "--mesh.fsdp: expected int, got 'two'"),
         (("config", "--devices=0"), "devices=0"),
+        (("config", SMOKE, "--config.seed=-1"), "seed=-1 must be in [0, 2**32)"),
+        (("sample", "--workdir=x", "--prompt=a\udcff"), "is not UTF-8"),
         (("tokenizer",), "needs one of 'train' and 'inspect', got nothing"),
         (("tokenizer", "inspekt"), "got inspekt; did you mean 'inspect'?"),
         (("tokenizer", "inspect"), "jaxlm tokenizer inspect needs --tokenizer"),
@@ -236,6 +238,25 @@ def test_another_config_is_refused_with_the_diff(refused, tmp_path):
     )
     assert "optim.lr: 0.002 -> 0.5" in found
     assert "log_every" not in found
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def get_config(:", "x.py:1: invalid syntax"),
+        ("import nosuch", "cannot be imported: No module named"),
+    ],
+)
+def test_an_experiment_that_is_not_python_is_refused(refused, tmp_path, text, message):
+    (tmp_path / "x.py").write_text(text)
+    assert message in refused("config", f"--config={tmp_path}/x.py")
+
+
+def test_a_folder_of_other_files_is_no_run_directory(refused, corpus):
+    assert "is not a run directory, but holds 'a.txt' and 1 more" in refused(
+        "train", SMOKE, f"--workdir={corpus}", f"--config.data.train={corpus}/*.txt"
+    )
+    assert sorted(p.name for p in corpus.iterdir() if p.suffix) == ["a.txt", "b.txt", "run.lock"]
 
 
 def test_debug_shows_the_traceback(run):

@@ -371,9 +371,11 @@ class Generator:
         room = self.cache_length or self.model.max_length
         if room and len(prompt) + cfg.max_new_tokens > room:
             what = "cache_length" if self.cache_length else "the model's position table"
+            left = room - len(prompt)
             raise UserError(
                 f"prompt {i}: {len(prompt)} tokens + max_new_tokens={cfg.max_new_tokens} do not fit {what} "
-                f"of {room} positions; at most max_new_tokens={max(room - len(prompt), 0)} would"
+                f"of {room} positions; "
+                + (f"at most max_new_tokens={left} would" if left > 0 else "shorten the prompt")
             )
 
     def _run(self, params: Any, results: list[Result], sample: Sequence[SampleConfig], size: int) -> None:

@@ -398,18 +398,23 @@ def _forget_unstarted(workdir: Path) -> None:
 
 
 def _read_result(workdir: Path) -> Result | None:
-    """What `result.json` holds, if it is there."""
+    """What `result.json` holds, if it is there; one that cannot be read is written again at the end."""
     path = workdir / "result.json"
     if not path.exists():
         return None
-    tree = json.loads(path.read_text())
+    try:
+        tree = json.loads(path.read_text())
+    except ValueError as error:
+        print(f"WARNING: {path} is damaged ({error}); the run goes on without it", file=sys.stderr)
+        return None
     names = {field.name for field in dataclasses.fields(Result)} - {"metrics"}
     if not names <= tree.keys():
         return None  # written by another version
-    return Result(
+    result = Result(
         metrics={name: x for name, x in tree.items() if name not in names},
         **{name: tree[name] for name in names},
     )
+    return dataclasses.replace(result, workdir=str(workdir))  # it may have been moved
 
 
 # ----------------------------------------------------------------------------------------- what it will cost

@@ -165,6 +165,10 @@ def environment() -> dict[str, Any]:
     }
 
 
+# What a start that was refused before its first step may have left behind.
+OWN_FILES = frozenset({"run.lock", "config.json", "metrics.jsonl", "events", "checkpoints", "tokenizer"})
+
+
 def open_run_dir(
     directory: str | Path,
     config: Mapping[str, Any],
@@ -188,6 +192,13 @@ def open_run_dir(
     """
     directory = probe_writable(directory)
     path = directory / "config.json"
+    if not path.exists():
+        foreign = sorted(entry.name for entry in directory.iterdir() if entry.name not in OWN_FILES)
+        if foreign:
+            raise UserError(
+                f"{directory} is not a run directory, but holds {foreign[0]!r}"
+                f"{f' and {len(foreign) - 1} more' if foreign[1:] else ''}; choose an empty or a new one"
+            )
     record: dict[str, Any] = {"config": dict(config), "hash": sha256, "starts": []}
     if path.exists():
         try:

@@ -190,6 +190,12 @@ def test_a_finished_run_is_not_run_again(finished):
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_torn_result_is_no_result(tmp_path, capsys):
+    (tmp_path / "result.json").write_text("{")
+    assert run._read_result(tmp_path) is None
+    assert "result.json is damaged" in capsys.readouterr().err
+
+
 def test_resume_equals_uninterrupted_to_the_bit(finished, tmp_path, monkeypatch):
     """Stopped between two periodic saves: parameters, moments, key and the rows of metrics agree."""
     cfg, workdir, _ = finished
