@@ -319,22 +319,23 @@ def tree(tmp_path):
 
 
 INSTALL = "python -m pip install --quiet --disable-pip-version-check -c tools/constraints.txt -e "
+PYTEST = "python -m pytest -n auto --maxprocesses 4 --dist loadfile"
 LINT = ["python -m ruff check .", "python -m ruff format --check ."]
 
 
 def test_test_installs_once_then_lints_then_tests(tree):
     done, calls = tree("tools/test")
     assert done.returncode == 0, done.stderr
-    assert calls == [INSTALL + ".[test]", *LINT, "python -m pytest"]
-    assert tree("tools/test")[1] == [*LINT, "python -m pytest"]
+    assert calls == [INSTALL + ".[test]", *LINT, PYTEST]
+    assert tree("tools/test")[1] == [*LINT, PYTEST]
     with (tree.root / "tools" / "constraints.txt").open("a") as file:
         file.write("# changed\n")
-    assert tree("tools/test")[1] == [INSTALL + ".[test]", *LINT, "python -m pytest"]
+    assert tree("tools/test")[1] == [INSTALL + ".[test]", *LINT, PYTEST]
 
 
 def test_fast_leaves_the_slow_tests_out_and_the_rest_goes_to_pytest(tree):
     _, calls = tree("tools/test", "--fast", "tests/data", "-k", "packing")
-    assert calls[-1] == "python -m pytest -m not slow tests/data -k packing"
+    assert calls[-1] == f"{PYTEST} -m not slow tests/data -k packing"
     assert sum("pytest" in call for call in calls) == 1, "the suite must not run twice"
 
 
@@ -358,7 +359,7 @@ def test_failed_install_is_not_taken_for_done(tree):
 def test_ci_runs_the_same_command(tree):
     done, calls = tree(".ci/run")
     assert done.returncode == 0, done.stderr
-    assert calls == [INSTALL + ".[test]", *LINT, "python -m pytest"]
+    assert calls == [INSTALL + ".[test]", *LINT, PYTEST]
     (tree.root / "fail").write_text("pytest")
     (tree.root / "code").write_text("1")
     assert tree(".ci/run")[0].returncode == 1
@@ -386,7 +387,7 @@ def test_python_of_another_version_has_its_own_environment(tree):
     (tree.root / ".venv").rename(tree.root / ".venv-{}.{}".format(*sys.version_info))
     done, calls = tree("tools/test", "--python", sys.executable)
     assert done.returncode == 0, done.stderr
-    assert calls[-1] == "python -m pytest"
+    assert calls[-1] == PYTEST
     assert not (tree.root / ".venv").exists()
 
 
