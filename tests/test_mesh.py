@@ -71,7 +71,7 @@ MESHES = {
     "fsdp4_tensor2": MeshConfig(data=1, fsdp=4, tensor=2),
     "data2_expert4": MeshConfig(data=2, expert=4),
 }
-FAST = {("dense", "data2_fsdp2_tensor2"), ("dense", "fsdp8"), ("capacity", "fsdp2_tensor2_expert2")}
+FAST = {("dense", "data2_fsdp2_tensor2"), ("capacity", "fsdp2_tensor2_expert2")}
 CASES = [
     pytest.param(model, mesh, marks=() if (model, mesh) in FAST else pytest.mark.slow)
     for model, cfg in MODELS.items()

@@ -73,6 +73,7 @@ VARIANTS = {
 
 # every variant is tested; those that others nearly cover are left to the whole suite
 EXTRA = (
+    "position_rope_yarn",
     "position_rope_partial",
     "position_sinusoidal",
     "position_none",
@@ -195,7 +196,7 @@ def test_decoding_through_the_cache_equals_the_forward_pass(name):
     [
         ("mixed", False, "none"),
         ("mixed", True, "full"),
-        ("moe", False, "minimal"),
+        pytest.param("moe", False, "minimal", marks=pytest.mark.slow),
         pytest.param("moe", True, "full", marks=pytest.mark.slow),
         pytest.param("everything", False, "full", marks=pytest.mark.slow),
         pytest.param("everything", True, "minimal", marks=pytest.mark.slow),
