@@ -435,8 +435,8 @@ def main() -> None:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("--variants", default="", help="comma separated; default: all that can run here")
-    parser.add_argument("--rounds", type=int, default=8, help="turns of every variant")
-    parser.add_argument("--steps", type=int, default=5, help="steps of a turn")
+    parser.add_argument("--rounds", type=int, default=4, help="turns of every variant")
+    parser.add_argument("--steps", type=int, default=10, help="steps of a turn")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, one round")
     parser.add_argument(
         "--torch-python", default=sys.executable, help="interpreter that has torch, if not this one"
