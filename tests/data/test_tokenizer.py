@@ -11,6 +11,7 @@ import pytest
 from jaxlm.data.tokenizer import (
     ByteTokenizer,
     Tokenizer,
+    _special_names,
     check_vocabulary,
     load_tokenizer,
     tokenizer_report,
@@ -271,3 +272,10 @@ def test_check_vocabulary():
     check_vocabulary(ByteTokenizer(), 512)
     with pytest.raises(UserError, match="256 tokens, but the model's vocab_size is 255"):
         check_vocabulary(ByteTokenizer(), 255)
+
+
+def test_a_list_of_special_tokens_is_refused_by_name(tmp_path):
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text("[]")
+    with pytest.raises(UserError, match=r"tokenizer_config.json holds no JSON object"):
+        _special_names(path)
