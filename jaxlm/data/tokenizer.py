@@ -297,9 +297,6 @@ def _special_names(path: Path) -> dict[str, str]:
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     check(isinstance(config, dict), f"{path} holds no JSON object, where the special tokens are named")
-        isinstance(config, dict),
-        f"{path} holds no JSON object, but names of special tokens are looked up in it",
-    )
     names = {}
     for key in ("bos_token", "eos_token", "pad_token"):
         value = config.get(key)
