@@ -274,7 +274,7 @@ def test_a_cpu_process_restarts_once_with_huge_pages(monkeypatch, tmp_path):
     monkeypatch.setattr(cli, "_HUGE_PAGES", policy)
     monkeypatch.setattr(cli.os, "execve", lambda *args: calls.append(args))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=1")
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.rtld.nns=5")
     for words in (["train", "--help"], ["config"], [], ["prepare", "train"]):
         cli._restart_with_huge_pages(words)
     assert calls == []
@@ -282,7 +282,7 @@ def test_a_cpu_process_restarts_once_with_huge_pages(monkeypatch, tmp_path):
     ((program, words, env),) = calls
     assert program == words[0] == sys.executable
     assert words[1:] == sys.orig_argv[1:]
-    assert env["GLIBC_TUNABLES"] == "glibc.malloc.check=1:glibc.malloc.hugetlb=1"
+    assert env["GLIBC_TUNABLES"] == f"glibc.rtld.nns=5:{cli.MALLOC}"
     monkeypatch.setenv("GLIBC_TUNABLES", env["GLIBC_TUNABLES"])
     cli._restart_with_huge_pages(["train", "--workdir=x"])
     monkeypatch.setenv("GLIBC_TUNABLES", "")

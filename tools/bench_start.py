@@ -68,7 +68,10 @@ def main() -> None:
         os.write(answers, json.dumps(found).encode())
         return
     report = {"benchmark": "start", "config": flags.config, "python": platform.python_version()}
-    environment = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    sys.path.insert(0, str(ROOT))
+    from jaxlm.cli import MALLOC
+
+    environment = {**os.environ, "GLIBC_TUNABLES": MALLOC}
     with tempfile.TemporaryDirectory() as folder:
         for name in ("cold", "warm"):
             command = [sys.executable, __file__, "--config", flags.config, "--workdir", f"{folder}/{name}"]

@@ -39,7 +39,6 @@ from collections.abc import Callable
 import numpy as np
 
 TOOLS = pathlib.Path(__file__).resolve().parent
-HUGE_PAGES = "glibc.malloc.hugetlb=1"  # read by glibc before main, hence set by the parent
 CHECKED_STEPS = 3
 # Largest relative difference of a loss over the first steps. fp32 variants differ in the order of sums only.
 TOLERANCE = {"jaxlm": 2e-4, "scan": 2e-4, "loop": 2e-4, "plain": 2e-4, "torch": 2e-4, "bf16": 1e-2}
@@ -327,11 +326,14 @@ class Worker:
     """A variant in its own process."""
 
     def __init__(self, name: str, folder: pathlib.Path, python: str) -> None:
+        sys.path.insert(0, str(TOOLS.parent))
+        from jaxlm.cli import MALLOC  # what `jaxlm train` starts itself again with; for every variant
+
         self.name, self.rates, self.losses = name, [], []
         environment = {
             "JAX_PLATFORMS": "cpu",
             "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false",  # as `jaxlm train` sets it
-            "GLIBC_TUNABLES": HUGE_PAGES,
+            "GLIBC_TUNABLES": MALLOC,
             "PYTHONPATH": str(TOOLS.parent),
         }
         self._process = subprocess.Popen(

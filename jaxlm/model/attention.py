@@ -36,7 +36,7 @@ class AttentionConfig:
     qkv_bias: bool = False  # biases on the query, key and value projections
     out_bias: bool = False  # bias on the output projection
     scale: float = 0.0  # of the scores; 0 = head_dim ** -0.5
-    backend: str = "reference"  # name in jaxlm.model.attention.BACKENDS
+    backend: str = "blocked"  # name in jaxlm.model.attention.BACKENDS
 
     def __post_init__(self) -> None:
         check(self.num_heads >= 1, f"model.attention.num_heads={self.num_heads} must be at least 1")
@@ -66,7 +66,9 @@ class Mask:
     """What a query may see: same segment, not later (if causal), within the window, and allowed.
 
     Segment 0 is padding: nobody sees it. Without segments every key is real. Positions count from the start
-    of a segment, and `window` counts the query itself.
+    of a segment, and `window` counts the query itself. `ordered` promises that query i and key i are one
+    token and that positions grow along a segment: then nothing after column i is visible to a causal query,
+    and nothing `window` columns before it, and a backend may leave those keys out unseen.
     """
 
     q_positions_BT: Int[Array, "B T"]
@@ -76,6 +78,7 @@ class Mask:
     causal: bool = True
     window: int = 0
     allowed_BTS: Bool[Array, "B T S"] | None = None
+    ordered: bool = False
 
     def visible_BTS(self) -> Bool[Array, "#B T S"]:
         """The mask written out."""
@@ -112,27 +115,107 @@ def reference(
     dtype: str = "float32",
     accum: str = "float32",
 ) -> Float[Array, "B T N H"]:
-    """Attention written out, scores and softmax in fp32: the other backends' oracle, and fast on a CPU."""
+    """Attention written out, scores and softmax in fp32: the other backends' oracle."""
+    options = dict(scale=scale, softcap=softcap, sinks_N=sinks_N, dtype=dtype, accum=accum)
+    whole = [(slice(0, q_BTNH.shape[1]), slice(0, k_BSKH.shape[1]))]
+    return _attend_blocks(whole, q_BTNH, k_BSKH, v_BSKH, mask, bias_BNTS, **options)
+
+
+def blocked(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    mask: Mask,
+    *,
+    bias_BNTS: Float[Array, "#B N T S"] | None = None,
+    **options,
+) -> Float[Array, "B T N H"]:
+    """The same, a block of queries at a time against the keys that it can reach; see `query_blocks`.
+
+    It skips up to half of the scores' work (more in a window). At 256 tokens, two blocks, forward and
+    backward take 0.7 of the time of one on a CPU. A mask that is not `ordered` makes one block.
+    """
+    T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+    blocks = [(slice(0, T), slice(0, S))]
+    if mask.ordered and T == S:
+        blocks = query_blocks(T, causal=mask.causal, window=mask.window)
+    return _attend_blocks(blocks, q_BTNH, k_BSKH, v_BSKH, mask, bias_BNTS, **options)
+
+
+BLOCKS, BLOCK_LENGTH = 8, 128  # at most that many blocks, each at least that long: the program stays short
+
+
+def query_blocks(length: int, *, causal: bool, window: int = 0) -> list[tuple[slice, slice]]:
+    """Blocks of queries, and the keys that a block can reach, when queries and keys are the same tokens.
+
+    >>> query_blocks(300, causal=True, window=20)
+    [(slice(0, 128, None), slice(0, 128, None)), (slice(128, 256, None), slice(109, 256, None)),
+     (slice(256, 300, None), slice(237, 300, None))]
+    """
+    if not causal and not window:
+        return [(slice(0, length), slice(0, length))]
+    size = max(BLOCK_LENGTH, -(-length // BLOCKS))
+    blocks = []
+    for start in range(0, length, size):
+        stop = min(start + size, length)
+        first = max(0, start - window + 1) if window else 0
+        last = stop if causal else min(length, stop + window - 1)
+        blocks.append((slice(start, stop), slice(first, last)))
+    return blocks
+
+
+def executed_keys(backend: str, length: int, *, causal: bool, window: int = 0) -> float:
+    """Mean number of keys per query whose scores a backend computes in training, hidden ones included.
+
+    >>> executed_keys("reference", 96, causal=True), executed_keys("blocked", 256, causal=True)
+    (96.0, 192.0)
+    """
+    if backend != "blocked":
+        return float(length)
+    blocks = query_blocks(length, causal=causal, window=window)
+    return sum((rows.stop - rows.start) * (keys.stop - keys.start) for rows, keys in blocks) / length
+
+
+def _attend_blocks(
+    blocks: list[tuple[slice, slice]],
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    mask: Mask,
+    bias_BNTS: Array | None,
+    *,
+    scale: float,
+    softcap: float,
+    sinks_N: Array | None,
+    dtype: str,
+    accum: str,
+) -> Array:
+    """Attention of each slice of queries to its slice of keys, joined along T, which the slices tile."""
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     G = N // K
     # Heads before time: small matrix products over contiguous [T, H] blocks, about twice as fast on a CPU.
     q_BKGTH = (q_BTNH * scale).reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4)
     k_BKSH, v_BKSH = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
-    scores = product("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, dtype, accum, "float32")
-    if softcap:
-        scores = softcap * jnp.tanh(scores / softcap)
-    if bias_BNTS is not None:
-        scores += bias_BNTS.astype(jnp.float32).reshape(-1, K, G, *bias_BNTS.shape[2:])
-    scores = jnp.where(mask.visible_BTS()[:, None, None], scores, _HIDDEN)
-    if sinks_N is None:
-        probs = jax.nn.softmax(scores, axis=-1)
-    else:
-        sink = sinks_N.astype(jnp.float32).reshape(1, K, G, 1, 1)
-        top = jax.lax.stop_gradient(jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sink))
-        weights = jnp.exp(scores - top)
-        probs = weights / (jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sink - top))
-    out = product("BKGTS,BKSH->BKGTH", probs, v_BKSH, dtype, accum, dtype)
+    seen_BTS, outs = mask.visible_BTS(), []
+    for rows, keys in blocks:
+        q, k, v = q_BKGTH[:, :, :, rows], k_BKSH[:, :, keys], v_BKSH[:, :, keys]
+        scores = product("BKGTH,BKSH->BKGTS", q, k, dtype, accum, "float32")
+        if softcap:
+            scores = softcap * jnp.tanh(scores / softcap)
+        if bias_BNTS is not None:
+            bias_BNts = bias_BNTS[..., rows, keys].astype(jnp.float32)
+            scores += bias_BNts.reshape(-1, K, G, *bias_BNts.shape[2:])
+        scores = jnp.where(seen_BTS[:, None, None, rows, keys], scores, _HIDDEN)
+        if sinks_N is None:
+            probs = jax.nn.softmax(scores, axis=-1)
+        else:
+            sink = sinks_N.astype(jnp.float32).reshape(1, K, G, 1, 1)
+            top = jax.lax.stop_gradient(jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sink))
+            weights = jnp.exp(scores - top)
+            probs = weights / (jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sink - top))
+        outs.append(product("BKGTS,BKSH->BKGTH", probs, v, dtype, accum, dtype))
+    out = outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=3)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
@@ -157,6 +240,7 @@ class Backend:
 
 
 BACKENDS: dict[str, Backend] = {
+    "blocked": Backend(blocked, softcap=True, sinks=True, bias=True),
     "reference": Backend(reference, softcap=True, sinks=True, bias=True),
     "xla": Backend(xla, softcap=False, sinks=False, bias=True),
 }
@@ -178,7 +262,7 @@ def attend(
     v_BSKH: Float[Array, "B S K H"],
     mask: Mask,
     *,
-    backend: str = "reference",
+    backend: str = "blocked",
     scale: float | None = None,
     bias_BNTS: Float[Array, "#B N T S"] | None = None,
     softcap: float = 0.0,
@@ -289,6 +373,7 @@ class Attention(nn.Module):
                 self.causal,
                 self.window,
                 ctx.allowed_BTS,
+                ordered=True,
             )
         else:
             k_BSKH, v_BSKH, mask, cache = self._through_cache(k_BSKH, v_BSKH, ctx, cache)

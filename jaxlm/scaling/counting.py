@@ -22,6 +22,7 @@ import jax
 import numpy as np
 from rich.table import Table
 
+from jaxlm.model.attention import executed_keys
 from jaxlm.model.layers import ACTIVATIONS
 from jaxlm.model.transformer import AXES, TransformerConfig, abstract_params, init_cache
 from jaxlm.sharding import Layout, tree_shardings
@@ -110,24 +111,30 @@ def mean_keys(seq_len: int, *, window: int = 0, causal: bool = True) -> float:
     return keys if causal else 2 * keys
 
 
-def forward_flops(cfg: TransformerConfig, seq_len: int, *, whole_scores: bool = False) -> float:
+def forward_flops(cfg: TransformerConfig, seq_len: int, *, executed: bool = False) -> float:
     """Exact FLOPs per token of a forward pass over rows of `seq_len` tokens; training is 3 times that.
 
     Args:
         cfg: the model.
         seq_len: T.
-        whole_scores: count the whole T x T score matrix of every layer, masked part included: what a backend
-            that writes the matrix out executes. MFU and scaling fits leave it False.
+        executed: count the scores that the attention backend computes, masked ones among them. MFU and
+            scaling fits leave it False.
     """
     counted = weights(cfg)
-    return 2.0 * (counted.body_products + counted.head_products) + _score_flops(cfg, seq_len, whole_scores)
+    return 2.0 * (counted.body_products + counted.head_products) + _score_flops(cfg, seq_len, executed)
 
 
-def _score_flops(cfg: TransformerConfig, seq_len: int, whole: bool) -> float:
+def _executed_keys(cfg: TransformerConfig, kind: str, seq_len: int) -> float:
+    """Keys per query whose scores a layer of that kind computes."""
+    window = cfg.attention.window if kind == "local" else 0
+    return executed_keys(cfg.attention.backend, seq_len, causal=cfg.causal, window=window)
+
+
+def _score_flops(cfg: TransformerConfig, seq_len: int, executed: bool) -> float:
     """FLOPs per token of q k^T and probabilities times v, all layers."""
     keys = [
-        float(seq_len)
-        if whole
+        _executed_keys(cfg, kind, seq_len)
+        if executed
         else mean_keys(seq_len, window=cfg.attention.window if kind == "local" else 0, causal=cfg.causal)
         for kind, _ in cfg.layer_kinds
     ]
@@ -135,15 +142,15 @@ def _score_flops(cfg: TransformerConfig, seq_len: int, whole: bool) -> float:
 
 
 def hardware_flops(cfg: TransformerConfig, seq_len: int) -> float:
-    """FLOPs per token that a training step executes: the whole score matrix, and what remat computes again.
+    """FLOPs per token that a training step executes: masked scores too, and what remat computes again.
 
     full: the products of the blocks once more. minimal: the scores once more. An upper bound: the compiler
     may drop a recomputed product that no gradient needs. Not in it: unchosen experts (the `dense` dropless
     backend, which is what dropless dispatch takes on several devices: E / k times the experts' share).
     """
-    counted, scores = weights(cfg), _score_flops(cfg, seq_len, whole=True)
+    counted, scores = weights(cfg), _score_flops(cfg, seq_len, executed=True)
     again = {"none": 0.0, "minimal": scores, "full": scores + 2.0 * counted.body_products}
-    return 3.0 * forward_flops(cfg, seq_len, whole_scores=True) + again[cfg.remat]
+    return 3.0 * forward_flops(cfg, seq_len, executed=True) + again[cfg.remat]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +225,7 @@ class Counts:
     flops_train: float  # exact, 3 x forward: the count for MFU and scaling fits
     flops_attention: float  # share of flops_train spent on scores
     flops_head: float  # share of flops_train spent on logits
-    flops_hardware: float  # executed by a training step whose backend writes the scores out, remat included
+    flops_hardware: float  # executed by a training step: masked scores and remat included
     conventions: Mapping[str, int]  # training FLOPs as others count them
 
     def to_dict(self) -> dict[str, Any]:
@@ -247,7 +254,7 @@ def count(cfg: TransformerConfig, seq_len: int) -> Counts:
         rooms=dict(counted.rooms),
         flops_forward=forward,
         flops_train=3 * forward,
-        flops_attention=3 * _score_flops(cfg, seq_len, whole=False),
+        flops_attention=3 * _score_flops(cfg, seq_len, executed=False),
         flops_head=6.0 * counted.head_products,
         flops_hardware=hardware_flops(cfg, seq_len),
         conventions=conventions(Shape.of(cfg), seq_len),
@@ -300,7 +307,8 @@ def memory(
 
     with s the bytes of the compute dtype, t the ways that heads and MLP are split, F the MLP width that a
     token passes through, a = 4 and m = 1 (gated: 6 and 2), d = 2 (parallel block: 1), e = d (3 where a norm
-    follows the branch), n norms (2; sandwich 4, parallel 1), k chosen experts (0 if dense), and S keys. Norms
+    follows the branch), n norms (2; sandwich 4, parallel 1), k chosen experts (0 if dense), and S keys
+    that a query's scores are computed for. Norms
     and probabilities are kept in fp32, the latter twice by a backend that writes them out. ReLU keeps less.
 
     Logits and their gradient are 8 bytes x tokens x V / t. Not in it: gradients that flow between layers, and
@@ -367,16 +375,16 @@ def _activation_bytes(cfg: TransformerConfig, seq_len: int, shards: Mapping[str,
         width = (cfg.moe.expert_dim or cfg.mlp_width) * (cfg.moe.top_k + cfg.moe.shared_experts)
         return width / shards["mlp"], cfg.moe.top_k
 
-    def whole(kind: str) -> float:
-        width, sent = widths(kind)
+    def whole(kind: tuple[str, str]) -> float:
+        width, sent = widths(kind[1])
         kept = (inputs + 2 * sent) * D + 2 * (n + k) * H + (6 if gated else 4) * width
-        return s * kept + 12 * norms * D + 8 * seq_len * n
+        return s * kept + 12 * norms * D + 8 * _executed_keys(cfg, kind[0], seq_len) * n
 
-    def products(kind: str) -> float:
-        width, sent = widths(kind)
+    def products(kind: tuple[str, str]) -> float:
+        width, sent = widths(kind[1])
         return s * ((outputs + sent) * D + (n + 2 * k) * H + (2 if gated else 1) * width)
 
-    kinds, P = [mlp for _, mlp in cfg.layer_kinds], cfg.period
+    kinds, P = cfg.layer_kinds, cfg.period
     if cfg.remat == "none":
         return sum(map(whole, kinds))
     units = cfg.num_layers // P + cfg.num_layers % P  # a layer of the tail is a unit of its own
@@ -408,7 +416,7 @@ def tables(counts: Counts, estimate: Memory | None = None) -> list[Table]:
         "exact (use this)": counts.flops_train,
         "  of which attention scores": counts.flops_attention,
         "  of which head": counts.flops_head,
-        "executed (whole scores, remat)": counts.flops_hardware,
+        "executed (masked scores, remat)": counts.flops_hardware,
         **counts.conventions,
     }
     for name, value in rows.items():

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from jaxlm.errors import UserError
-from jaxlm.model.attention import BACKENDS, Mask, attend
+from jaxlm.model import attention
+from jaxlm.model.attention import BACKENDS, Mask, attend, query_blocks
 from jaxlm.model.cache import empty, write
 
 B, T, N, K, H = 2, 9, 4, 2, 5
@@ -72,7 +73,7 @@ def test_backends_equal_the_literal_loop_or_refuse(backend, causal, window, extr
         options, literally = dict(bias_BNTS=bias), dict(bias=bias)
     run = lambda: attend(q, k, v, mask, backend=backend, scale=0.4, **options)  # noqa: E731
     if extra != "none" and not getattr(BACKENDS[backend], extra):
-        with pytest.raises(UserError, match=f"has no {extra}; use 'reference'"):
+        with pytest.raises(UserError, match=f"has no {extra}; use 'blocked' or 'reference'"):
             run()
         return
     got = run()
@@ -89,10 +90,39 @@ def test_gradients_of_backends_agree():
         jax.grad(lambda *qkv, b=b: jnp.sum(attend(*qkv, mask, backend=b) * weight), argnums=(0, 1, 2))(
             q, k, v
         )
-        for b in ("reference", "xla")
+        for b in BACKENDS
     ]
-    for a, b in zip(*grads, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+    for other in grads[1:]:
+        for a, b in zip(grads[0], other, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [0, 5, 40])
+@pytest.mark.parametrize("length", [64, 100])
+def test_blocks_of_queries_equal_the_whole(monkeypatch, causal, window, length):
+    """Loss and gradients, with grouped heads, softcap, sinks, bias, and packed rows with padding."""
+    monkeypatch.setattr(attention, "BLOCK_LENGTH", 16)
+    rng = np.random.default_rng(0)
+    shapes = dict(q=(2, length, 4, 8), k=(2, length, 2, 8), v=(2, length, 2, 8), bias=(1, 4, length, length))
+    inputs = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    inputs["sinks"] = rng.normal(size=4).astype(np.float32)
+    segments = np.array([[1] * 30 + [2] * (length - 40) + [0] * 10, [1] * length])
+    positions = np.array([[*range(30), *range(length - 40), *[0] * 10], [*range(length)]])
+    mask = Mask(positions, positions, segments, segments, causal, window, ordered=True)
+    blocks = query_blocks(length, causal=causal, window=window)
+    assert len(blocks) == (1 if not causal and not window else -(-length // 16))
+    weight = rng.normal(size=(2, length, 4, 8)) * (segments != 0)[..., None, None]
+
+    def loss(x, backend):
+        options = dict(bias_BNTS=x["bias"], sinks_N=x["sinks"], softcap=3.0)
+        return jnp.sum(attend(x["q"], x["k"], x["v"], mask, backend=backend, **options) * weight)
+
+    whole, whole_grads = jax.jit(jax.value_and_grad(loss), static_argnums=1)(inputs, "reference")
+    got, grads = jax.jit(jax.value_and_grad(loss), static_argnums=1)(inputs, "blocked")
+    np.testing.assert_allclose(got, whole, rtol=1e-5)
+    for name in inputs:
+        np.testing.assert_allclose(grads[name], whole_grads[name], atol=2e-5, err_msg=name)
 
 
 def test_the_ring_keeps_the_last_positions_of_every_row():
