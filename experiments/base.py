@@ -61,7 +61,7 @@ def get_config(size: str = "full") -> ConfigDict:
     model.attention.qkv_bias = False  # biases on the query, key and value projections
     model.attention.out_bias = False  # bias on the output projection
     model.attention.scale = 0.0  # of the scores; 0 = head_dim ** -0.5
-    model.attention.backend = "reference"  # name in jaxlm.model.attention.BACKENDS
+    model.attention.backend = "blocked"  # name in jaxlm.model.attention.BACKENDS
 
     model.position.kind = "rope"  # rope | alibi | learned | sinusoidal | t5 | none
     model.position.theta = 10000.0  # RoPE base: pair i turns theta ** (-2 i / R) radians per token
@@ -168,6 +168,7 @@ def get_config(size: str = "full") -> ConfigDict:
     train.keep_period = 0  # checkpoints at multiples of this are kept for ever; 0 = none
     train.plot_every = 0  # steps between drawings of loss.png; 0 = at the end only
     train.max_nonfinite = 10  # this many skipped updates in a row stop the job; 0 = never
+    train.noise_scale_every = 0  # steps between measurements of the gradient noise scale; 0 = never
     train.profile_start = 0  # first profiled step; 0 = no profile
     train.profile_steps = 3  # length of the profiled window
     train.peak_flops = 0.0  # peak FLOP/s of one device, for MFU; 0 = look the device up
@@ -175,6 +176,10 @@ def get_config(size: str = "full") -> ConfigDict:
     train.warm_start = ""  # run directory or checkpoint whose parameters to start from
     train.warm_start_rename = ()  # (regex, replacement) on the names of its leaves
     train.warm_start_missing = ()  # regexes; leaves of the model that it need not hold
+    # run directory of a trunk whose whole state to start from; relative to our parent
+    train.branch_from = ""
+    train.branch_step = 0  # updates of the trunk before the branch
+    train.save_steps = ()  # checkpoints of these steps are written and kept for ever
     train.sample_prompts = ("",)  # prompts of the periodic samples; "" = from the start of a document
 
     # How one request is continued; the defaults sample from the model's own distribution.

@@ -1,5 +1,6 @@
 """The console command `jaxlm VERB [flags]`: parse flags, load and override the config, run the verb."""
 
+import ast
 import difflib
 import errno
 import glob
@@ -14,8 +15,11 @@ from typing import Any
 
 from absl import flags
 
+from jaxlm import lab_verbs, verbs
 from jaxlm.errors import UserError, nearest
-from jaxlm.verbs import VERBS, Verb, about
+from jaxlm.verbs import Verb, about
+
+VERBS: dict[str, Verb] = {**verbs.VERBS, **lab_verbs.VERBS}
 
 # Failures of the file system that a user can mend; any other OSError is a bug and shows its traceback.
 _FILE_SYSTEM = {
@@ -62,24 +66,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-# Huge pages for malloc; and keep what was allocated: no mmap, which is given back when freed, and no trimming
-# of the heap. One arena, as only the first can grow without mmap.
-MALLOC = (
-    "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776:"
-    "glibc.malloc.arena_max=1"
-)
+MALLOC = "glibc.malloc.hugetlb=1"
 
 
 def _restart_with_huge_pages(argv: Sequence[str]) -> None:
-    """On a CPU, start this process again with transparent huge pages for malloc, kept from step to step.
+    """On a CPU, start this process again with transparent huge pages for malloc.
 
-    glibc reads the setting before `main`, so it cannot be set from inside. XLA allocates its buffers anew in
-    every step, 1 GB of them for a 17 M parameter model: with 4 KiB pages that takes 440,000 page faults, with
-    huge pages 1,000, and none when freed memory is kept, which takes a fifth of the time off a bf16 step
-    (`tools/bench_train.py`). Resident memory stays at its peak.
+    glibc reads the setting before `main`, so it cannot be set from inside. Training buffers are allocated and
+    freed every step: with 4 KiB pages one step of a 14 M parameter model takes 440,000 page faults, with huge
+    pages 2,000, and is up to 20 % faster (where the kernel's policy is `madvise`). Keeping freed memory
+    (`mmap_max=0`) would spare the rest of them, but resident memory grew to 7 GB where 2 are in use.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
-    if "glibc.malloc." in tunables:  # by the user, or by this function: it restarts once
+    if "glibc.malloc.hugetlb" in tunables:  # by the user, or by this function: it restarts once
         return
     computes = argv[:1] in (["train"], ["evaluate"], ["sample"], ["sweep"]) and not {"--help", "-h"} & set(
         argv
@@ -118,7 +117,7 @@ def _dispatch(argv: list[str]) -> int:
     config = None
     if verb.config:
         spec, rest = _take_config_flag(rest)
-        config = _define_config(values, spec, rest)
+        config = _define_config(values, spec, rest, verb.config())
     positional = _parse(values, rest)
     return verb.run(values, positional, config)
 
@@ -160,18 +159,38 @@ def _take_config_flag(argv: Sequence[str]) -> tuple[str | None, list[str]]:
     return spec, rest
 
 
-def _define_config(values: flags.FlagValues, spec: str | None, argv: Sequence[str]) -> Any:
+def _define_config(values: flags.FlagValues, spec: str | None, argv: list[str], cls: type) -> Any:
     """Load the experiment and define one flag per override; parsing puts their values in the ConfigDict."""
     from ml_collections import config_flags
 
     from jaxlm.config import check_name, default_config, load_experiment
 
-    config = default_config() if spec is None else load_experiment(spec)
-    for arg in argv:
+    config = default_config(cls) if spec is None else load_experiment(spec)
+    for i, arg in enumerate(argv):
         match = _OVERRIDE.match(arg)
         if match:
-            check_name(match[1])
+            check_name(match[1], cls)
+            argv[i] = _tuple_literal(config, match[1], arg)
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["jaxlm", *argv])
+    return config
+
+
+def _tuple_literal(config: Any, name: str, arg: str) -> str:
+    """`--config.x=a,b` for a tuple as `--config.x=('a', 'b')`; ml_collections would make it `('a,b',)`."""
+    flag, equals, text = arg.partition("=")
+    if not equals or not isinstance(_value_at(config, name), tuple):
+        return arg
+    try:
+        ast.literal_eval(text)
+        return arg
+    except (SyntaxError, ValueError):
+        return f"{flag}={tuple(part.strip() for part in text.strip('()[]').split(',') if part.strip())!r}"
+
+
+def _value_at(config: Any, name: str) -> Any:
+    """The value at a dotted name of a ConfigDict."""
+    for part in name.split("."):
+        config = config[part]
     return config
 
 

@@ -47,6 +47,7 @@ class TrainConfig:
     keep_period: int = 0  # checkpoints at multiples of this are kept for ever; 0 = none
     plot_every: int = 0  # steps between drawings of loss.png; 0 = at the end only
     max_nonfinite: int = 10  # this many skipped updates in a row stop the job; 0 = never
+    noise_scale_every: int = 0  # steps between measurements of the gradient noise scale; 0 = never
     profile_start: int = 0  # first profiled step; 0 = no profile
     profile_steps: int = 3  # length of the profiled window
     peak_flops: float = 0.0  # peak FLOP/s of one device, for MFU; 0 = look the device up
@@ -54,6 +55,9 @@ class TrainConfig:
     warm_start: str = ""  # run directory or checkpoint whose parameters to start from
     warm_start_rename: tuple[tuple[str, str], ...] = ()  # (regex, replacement) on the names of its leaves
     warm_start_missing: tuple[str, ...] = ()  # regexes; leaves of the model that it need not hold
+    branch_from: str = ""  # run directory of a trunk whose whole state to start from; relative to our parent
+    branch_step: int = 0  # updates of the trunk before the branch
+    save_steps: tuple[int, ...] = ()  # checkpoints of these steps are written and kept for ever
     sample_prompts: tuple[str, ...] = (
         "",
     )  # prompts of the periodic samples; "" = from the start of a document
@@ -64,6 +68,25 @@ class TrainConfig:
             value, low = getattr(self, field.name), least.get(field.name, 0)
             if isinstance(value, int | float) and value < low:
                 raise UserError(f"train.{field.name}={value} must be at least {low}")
+        if self.branch_from:
+            check(
+                0 < self.branch_step < self.num_steps,
+                f"train.branch_step={self.branch_step} must lie between 0 and train.num_steps="
+                f"{self.num_steps}: it counts the updates of the trunk {self.branch_from}",
+            )
+            check(
+                not self.warm_start,
+                f"train.warm_start={self.warm_start!r} and train.branch_from={self.branch_from!r} both say "
+                "where to start; choose one",
+            )
+        else:
+            check(not self.branch_step, f"train.branch_step={self.branch_step} needs train.branch_from")
+        for step in self.save_steps:
+            check(
+                self.branch_step < step <= self.num_steps,
+                f"train.save_steps has {step}; this run makes steps {self.branch_step + 1} to "
+                f"{self.num_steps}",
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +113,10 @@ EXECUTION = frozenset(
     | {f"train.{name}" for name in ("log_every", "eval_every", "sample_every", "save_every", "plot_every")}
     | {
         f"train.{name}"
-        for name in ("keep_last", "keep_best", "keep_period", "max_nonfinite", "sample_prompts")
+        for name in ("keep_last", "keep_best", "keep_period", "save_steps", "max_nonfinite", "sample_prompts")
     }
     | {f"train.{name}" for name in ("profile_start", "profile_steps", "peak_flops", "compilation_cache")}
+    | {"train.noise_scale_every"}
 )
 
 

@@ -4,18 +4,15 @@
                                          -> router_bias: -rate * sign
 
 Everything is decided by leaf NAME (`blocks/0/attention/wq`), never by rank alone: leaves under `blocks` are
-stacked over layers, and that leading dimension is no part of a matrix. All state is float32 whatever the
-parameters' dtype. A state array that belongs to a parameter has the parameter's name at the end of its path
-and the parameter's rank, each dimension equal to the parameter's or 1, so that layouts derive from names.
+stacked over layers, and that leading dimension is no part of a matrix. See `jaxlm.transforms` for the parts.
 """
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
@@ -23,17 +20,28 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from jaxlm.errors import UserError, check, check_choice
 from jaxlm.master_weights import keep_master
-from jaxlm.tree import combine, map_named, named_leaves, partition
+from jaxlm.transforms import (
+    VECTORS,
+    GuardState,
+    Transform,
+    average_params,
+    guard,
+    is_router_bias,
+    matrix_axes,
+    scale_by_adafactor,
+    scale_matrices,
+    split,
+    stacked,
+    with_eps_factors,
+)
+from jaxlm.tree import map_named, named_leaves
 
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "sgd")
 SCHEDULES = ("constant", "cosine", "linear", "wsd", "inverse_sqrt")
 WARMUP_UNITS = ("steps", "tokens", "fraction")
 COOLDOWNS = ("1-sqrt", "linear")
+NUMBERS = ("weight_decay", "b2")  # of OptimConfig, that may be traced
 
-# Gains, offsets and other per-channel leaves: no matrices, however many dimensions they have.
-VECTORS = r"(^|/)(scale|bias|sinks|router_bias|b[qkvo]|b_\w+|\w*norm)$|(^|/)position_bias/"
-
-Transform = optax.GradientTransformation
 Schedule = Callable[[Any], Float[Array, ""]]
 Multipliers = tuple[tuple[str, float], ...]
 
@@ -91,19 +99,26 @@ def _check_regex(pattern: str, where: str) -> None:
         raise UserError(f"{where}={pattern!r} is not a regular expression: {error}") from error
 
 
-def _check_multipliers(multipliers: Multipliers) -> None:
+def _check_multipliers(multipliers: Multipliers, where: str = "optim.multipliers") -> None:
     for pair in multipliers:
         check(
             isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], int | float) and pair[1] >= 0,
-            f"optim.multipliers has {pair!r}; each entry is a pair (regex, factor >= 0)",
+            f"{where} has {pair!r}; each entry is a pair (regex, factor >= 0)",
         )
-        _check_regex(pair[0], "optim.multipliers")
+        _check_regex(pair[0], where)
+
+
+def _factor(multipliers: Multipliers, name: str) -> float:
+    """Product of the factors whose regex is found in the name."""
+    return math.prod(value for pattern, value in multipliers if re.search(pattern, name))
 
 
 # --- Schedule ---
 
 
-def make_schedule(cfg: OptimConfig, num_steps: int, tokens_per_step: int = 0) -> Schedule:
+def make_schedule(
+    cfg: OptimConfig, num_steps: int, tokens_per_step: int = 0, *, lr: Float[Array, ""] | None = None
+) -> Schedule:
     """Learning rate of update number `step` = 0, 1, ..., num_steps - 1 (host integer or traced array).
 
     With w warm-up steps (rounded up), x = clip((step - w) / (num_steps - w), 0, 1) and f = `final`, lr times
@@ -122,6 +137,7 @@ def make_schedule(cfg: OptimConfig, num_steps: int, tokens_per_step: int = 0) ->
         cfg: names the schedule, see `OptimConfig`.
         num_steps: updates in the run.
         tokens_per_step: tokens (B*T) of one update; needed only when the warm-up is counted in tokens.
+        lr: a number, traced if one likes, in place of `cfg.lr`.
 
     Raises:
         UserError: warm-up and cooldown do not fit in the run, or `tokens_per_step` is needed and 0.
@@ -143,7 +159,7 @@ def make_schedule(cfg: OptimConfig, num_steps: int, tokens_per_step: int = 0) ->
         f"do not fit in the run of {num_steps}",
     )
     start = num_steps - cool if cfg.schedule == "wsd" else warm
-    drop = 1.0 - cfg.final
+    drop, peak = 1.0 - cfg.final, cfg.lr if lr is None else lr
 
     def schedule(step: Int[Array, ""] | int) -> Float[Array, ""]:
         step = jnp.asarray(step, jnp.float32)
@@ -158,7 +174,7 @@ def make_schedule(cfg: OptimConfig, num_steps: int, tokens_per_step: int = 0) ->
             share = 1.0 - drop * jnp.sqrt(x)
         else:
             share = 1.0 - drop * x
-        return cfg.lr * jnp.where(step < warm, (step + 1) / max(warm, 1), share)
+        return peak * jnp.where(step < warm, (step + 1) / max(warm, 1), share)
 
     return schedule
 
@@ -166,155 +182,12 @@ def make_schedule(cfg: OptimConfig, num_steps: int, tokens_per_step: int = 0) ->
 # --- Names ---
 
 
-def _stacked(name: str) -> bool:
-    """Whether the leaf has a leading dimension over layers."""
-    return "blocks" in name.split("/")
-
-
-def matrix_axes(name: str, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Axes, from the right, that are rows (inputs) and columns (outputs) of its matrices; None for vectors.
-
-    All other axes (layers, experts) count matrices. Attention's input projections [D, N, H] are D x (N H) and
-    its output projection [N, H, D] is (N H) x D.
-
-    >>> matrix_axes("blocks/0/attention/wq", 4), matrix_axes("blocks/0/attention/wo", 4)
-    (((-3,), (-2, -1)), ((-3, -2), (-1,)))
-    >>> matrix_axes("blocks/0/moe/w_up", 4), matrix_axes("blocks/0/mlp_norm/scale", 2)
-    (((-2,), (-1,)), None)
-    """
-    if re.search(VECTORS, name) or ndim - _stacked(name) < 2:
-        return None
-    leaf = name.rsplit("/", 1)[-1]
-    if leaf in ("wq", "wk", "wv"):
-        return (-3,), (-2, -1)
-    if leaf == "wo":
-        return (-3, -2), (-1,)
-    return (-2,), (-1,)
-
-
 def is_decayed(cfg: OptimConfig, name: str, ndim: int) -> bool:
     """Whether weight decay acts on a leaf: not `no_decay`, and two dimensions or more without the layers'."""
-    return ndim - _stacked(name) >= 2 and not re.search(cfg.no_decay, name)
+    return ndim - stacked(name) >= 2 and not re.search(cfg.no_decay, name)
 
 
-def _is_router_bias(name: str, leaf: Any) -> bool:
-    return name.rsplit("/", 1)[-1] == "router_bias"
-
-
-# --- Transforms ---
-
-
-class SplitState(NamedTuple):
-    """States of two transformations that share a tree; either has holes (None) where the other has leaves."""
-
-    yes: Any
-    no: Any
-
-
-def split(predicate: Callable[[str, Any], bool], yes: Transform, no: Transform) -> Transform:
-    """Send the leaves for which `predicate(name, leaf)` holds through `yes` and the others through `no`."""
-
-    def init(params):
-        chosen, others = partition(params, predicate)
-        return SplitState(yes.init(chosen), no.init(others))
-
-    def update(grads, state, params=None):
-        chosen, others = partition(grads, predicate)
-        chosen_params, other_params = partition(params, predicate)
-        chosen, yes_state = yes.update(chosen, state.yes, chosen_params)
-        others, no_state = no.update(others, state.no, other_params)
-        return combine(chosen, others), SplitState(yes_state, no_state)
-
-    return optax.GradientTransformation(init, update)
-
-
-class FactoredState(NamedTuple):
-    """Adafactor's second moments: `v_row` and `v_col` of factored leaves, `v` of the rest; else None."""
-
-    count: Int[Array, ""]
-    v_row: Any
-    v_col: Any
-    v: Any
-
-
-def scale_by_adafactor(factor_min: int = 128, parameter_scale: bool = False) -> Transform:
-    """Divide by a root second moment that is kept, for each matrix, as row and column means.
-
-        b = 1 - t^-0.8;  R = b R + (1 - b) mean_columns(g^2 + 1e-30);  C likewise over rows
-        u = g / sqrt(R C / mean(R));  u / max(1, RMS(u));  with `parameter_scale`, * max(1e-3, RMS(parameter))
-
-    Optax's own factors the two largest dimensions of an array, which may be the stacked layers, and takes its
-    RMS over all layers at once. Here rows and columns are `matrix_axes`, and each RMS is one layer's (one
-    expert's). Means keep dimensions: for a [L, D, N, H] leaf `v_row` is [L, D, 1, 1], `v_col` [L, 1, N, H].
-
-    Source: arXiv:1804.04235, without its relative step size and momentum. Arguments: see `OptimConfig`.
-    """
-
-    def averaged(name: str, leaf: Array) -> tuple[tuple[int, ...] | None, ...]:
-        """Axes averaged away in `v_row`, `v_col` and `v`; None where the leaf has no such moment."""
-        axes = matrix_axes(name, leaf.ndim)
-        if axes and min(math.prod(leaf.shape[axis] for axis in group) for group in axes) >= factor_min:
-            return axes[1], axes[0], None
-        return None, None, ()
-
-    def init(params):
-        def zeros(part: int):
-            def leaf_zeros(name, p):
-                if (axes := averaged(name, p)[part]) is not None:
-                    return jnp.zeros(
-                        [1 if i - p.ndim in axes else n for i, n in enumerate(p.shape)], jnp.float32
-                    )
-
-            return map_named(leaf_zeros, params)
-
-        return FactoredState(jnp.zeros([], jnp.int32), zeros(0), zeros(1), zeros(2))
-
-    def update(grads, state, params=None):
-        count = optax.safe_increment(state.count)
-        b = 1.0 - count.astype(jnp.float32) ** -0.8
-
-        def moments(part: int):
-            def moment(name, g, old):
-                if old is not None:
-                    return b * old + (1.0 - b) * jnp.mean(
-                        g * g + 1e-30, averaged(name, g)[part], keepdims=True
-                    )
-
-            return map_named(moment, grads, state[1 + part])
-
-        v_row, v_col, v = moments(0), moments(1), moments(2)
-
-        def direction(name, g, row, col, whole, param):
-            axes = matrix_axes(name, g.ndim)
-            if row is None:
-                u = g * jax.lax.rsqrt(whole)
-            else:
-                u = g * jax.lax.rsqrt(row / jnp.mean(row, axes[0], keepdims=True)) * jax.lax.rsqrt(col)
-            block = axes[0] + axes[1] if axes else tuple(range(int(_stacked(name)), g.ndim))
-            u = u / jnp.maximum(1.0, jnp.sqrt(jnp.mean(u * u, block, keepdims=True)))
-            if parameter_scale:
-                p = param.astype(jnp.float32)
-                u = u * jnp.maximum(1e-3, jnp.sqrt(jnp.mean(p * p, block, keepdims=True)))
-            return u
-
-        updates = map_named(direction, grads, v_row, v_col, v, params)
-        return updates, FactoredState(count, v_row, v_col, v)
-
-    return optax.GradientTransformation(init, update)
-
-
-def scale_matrices(rms: float) -> Transform:
-    """Multiply r x c orthogonalised updates by rms * sqrt(max(r, c)), or by sqrt(max(1, c / r)) if rms is 0.
-
-    An orthogonal matrix has RMS 1 / sqrt(max(r, c)), so the first gives every matrix the same RMS and lets
-    Muon share AdamW's learning rate and decay. Sources: arXiv:2502.16982; github.com/KellerJordan/Muon.
-    """
-
-    def scale(name: str, u: Array) -> Array:
-        rows, columns = (math.prod(u.shape[axis] for axis in group) for group in matrix_axes(name, u.ndim))
-        return u * (rms * math.sqrt(max(rows, columns)) if rms else math.sqrt(max(1.0, columns / rows)))
-
-    return optax.stateless(lambda updates, params: map_named(scale, updates))
+# --- Assembly ---
 
 
 class RateState(NamedTuple):
@@ -324,121 +197,59 @@ class RateState(NamedTuple):
     lr: Float[Array, ""]
 
 
-def apply_rate(cfg: OptimConfig, schedule: Schedule, multipliers: Multipliers) -> Transform:
-    """-schedule(count) * multiplier * (direction + weight_decay * parameter), decay where `is_decayed`."""
+def apply_rate(
+    cfg: OptimConfig,
+    schedule: Schedule,
+    multipliers: Multipliers,
+    decay_multipliers: Multipliers = (),
+    weight_decay: Float[Array, ""] | float | None = None,
+) -> Transform:
+    """-schedule(count) * multiplier * (direction + decay * parameter), decay where `is_decayed`.
 
-    def factor(name: str) -> float:
-        return math.prod(value for pattern, value in multipliers if re.search(pattern, name))
+    The decay is `weight_decay` (default: that of `cfg`) times the factors of `decay_multipliers`.
+    """
+    decay = cfg.weight_decay if weight_decay is None else weight_decay
 
     def init(params):
-        names = [name for name, _ in named_leaves(params)]
-        for pattern, _ in multipliers:
-            check(
-                any(re.search(pattern, name) for name in names),
-                f"optim.multipliers: {pattern!r} is found in no leaf name, such as {', '.join(names[:3])}",
-            )
         return RateState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32))
 
     def update(updates, state, params=None):
         lr = jnp.asarray(schedule(state.count), jnp.float32)
 
         def step(name, u, p):
-            if cfg.weight_decay and is_decayed(cfg, name, u.ndim):
-                u = u + cfg.weight_decay * p.astype(jnp.float32)
-            return -(lr * factor(name)) * u
+            if (weight_decay is not None or decay) and is_decayed(cfg, name, u.ndim):
+                u = u + decay * _factor(decay_multipliers, name) * p.astype(jnp.float32)
+            return -(lr * _factor(multipliers, name)) * u
 
         return map_named(step, updates, params), RateState(optax.safe_increment(state.count), lr)
 
     return optax.GradientTransformation(init, update)
 
 
-class EmaState(NamedTuple):
-    """Average of the parameters, float32."""
-
-    ema: Any
-
-
-def average_params(decay: float) -> Transform:
-    """Keep ema = decay * ema + (1 - decay) * (parameters after this update), starting from the first."""
+def _checking_names(inner: Transform, patterns: list[tuple[str, str]]) -> Transform:
+    """`inner`, whose `init` refuses a regex that is found in no leaf name."""
 
     def init(params):
-        # A copy: parameters and optimizer state are both donated, so they must not share a buffer.
-        return EmaState(jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params))
+        names = [name for name, _ in named_leaves(params)]
+        for where, pattern in patterns:
+            check(
+                any(re.search(pattern, name) for name in names),
+                f"{where}: {pattern!r} is found in no leaf name, such as {', '.join(names[:3])}",
+            )
+        return inner.init(params)
 
-    def update(updates, state, params=None):
-        new = optax.apply_updates(params, updates)
-        ema = jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p.astype(jnp.float32), state.ema, new)
-        return updates, EmaState(ema)
-
-    return optax.GradientTransformation(init, update)
-
-
-class GuardState(NamedTuple):
-    """The last gradient's norm before clipping, and updates skipped in total and in a row."""
-
-    grad_norm: Float[Array, ""]
-    nonfinite: Int[Array, ""]
-    nonfinite_run: Int[Array, ""]
-    inner: Any
+    return optax.GradientTransformation(init, inner.update)
 
 
-def guard(inner: optax.GradientTransformation, clip_norm: float) -> Transform:
-    """Clip by global norm, and skip the update when the norm is not finite.
-
-    The norm, computed once in float32, serves clipping (g * min(1, clip_norm / norm)), the metric and the
-    check, since one NaN or infinity makes it non-finite. `router_bias` leaves are checked, but are no part of
-    it.
-
-    A skipped update leaves parameters and inner state unchanged to the bit (the schedule's count, too).
-    Unlike `optax.apply_if_finite`, this reads gradients once and never applies a bad update: the caller stops
-    on `nonfinite_counts`. It is a `lax.cond`: with a select between old and new state, XLA:CPU copies both
-    moments, which takes an update of AdamW a third longer.
-
-    Args:
-        inner: gets float32 gradients and the parameters.
-        clip_norm: largest global norm; 0 = no clipping.
-    """
-
-    def init(params):
-        norm, total, run = jnp.zeros([], jnp.float32), jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
-        return GuardState(norm, total, run, inner.init(params))
-
-    def update(grads, state, params=None):
-        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-        biases, weights = partition(grads, _is_router_bias)
-        norm = optax.tree.norm(weights)
-        ok = jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(biases))
-        scale = clip_norm / jnp.maximum(norm, clip_norm) if clip_norm else 1.0
-
-        def apply():
-            clipped = combine(biases, jax.tree.map(lambda g: g * scale, weights))
-            return inner.update(clipped, state.inner, params)
-
-        def skip():
-            # -0.0 is the zero that leaves every number's bits alone: -0.0 + 0.0 would be 0.0.
-            return jax.tree.map(lambda g: jnp.full_like(g, -0.0), grads), state.inner
-
-        updates, new_inner = jax.lax.cond(ok, apply, skip)
-        return updates, GuardState(
-            grad_norm=norm,
-            nonfinite=jnp.where(ok, state.nonfinite, optax.safe_increment(state.nonfinite)),
-            nonfinite_run=jnp.where(ok, 0, optax.safe_increment(state.nonfinite_run)),
-            inner=new_inner,
-        )
-
-    return optax.GradientTransformation(init, update)
-
-
-# --- Assembly ---
-
-
-def _direction(cfg: OptimConfig) -> Transform:
+def _direction(cfg: OptimConfig, b2: Float[Array, ""] | float, eps_multipliers: Multipliers) -> Transform:
     """The transformation that gives `cfg.name` its name, without learning rate or decay."""
-    adam = optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps)
+    adam = optax.scale_by_adam(cfg.b1, b2, cfg.eps)
+    if eps_multipliers:
+        adam = with_eps_factors(adam, lambda name: _factor(eps_multipliers, name))
     if cfg.name == "adamw":
         return adam
     if cfg.name == "lion":
-        return optax.scale_by_lion(cfg.b1, cfg.b2)
+        return optax.scale_by_lion(cfg.b1, b2)
     if cfg.name == "sgd":
         return optax.trace(cfg.momentum) if cfg.momentum else optax.identity()
     if cfg.name == "adafactor":
@@ -454,15 +265,26 @@ def _direction(cfg: OptimConfig) -> Transform:
     return split(takes_muon, optax.chain(muon, scale_matrices(cfg.muon_rms)), adam)
 
 
-def make_optimizer(cfg: OptimConfig, schedule: Schedule, *, multipliers: Multipliers = ()) -> Transform:
+def make_optimizer(
+    cfg: OptimConfig,
+    schedule: Schedule,
+    *,
+    multipliers: Multipliers = (),
+    decay_multipliers: Multipliers = (),
+    eps_multipliers: Multipliers = (),
+    numbers: Mapping[str, Float[Array, ""]] | None = None,
+) -> Transform:
     """The whole optimizer of `cfg`, as one Optax transformation. Its `update` needs `params`.
 
     Args:
         schedule: applied updates so far -> learning rate.
         multipliers: more (regex, factor) pairs besides `cfg.multipliers`, such as a parametrisation gives.
+        decay_multipliers, eps_multipliers: the same on the weight decay and on AdamW's epsilon.
+        numbers: values, traced if one likes, in place of those of `cfg` whose names are in `NUMBERS`.
 
     Raises:
-        UserError: in `init`, when a multiplier's regex is found in no leaf name.
+        UserError: in `init`, when a multiplier's regex is found in no leaf name; at once, for numbers that
+            are none of `NUMBERS` and epsilons of an optimizer that has none.
 
     >>> cfg = OptimConfig(name="sgd", momentum=0.0, clip_norm=0.0, weight_decay=0.0)
     >>> optimizer = make_optimizer(cfg, lambda count: 0.5)
@@ -471,10 +293,28 @@ def make_optimizer(cfg: OptimConfig, schedule: Schedule, *, multipliers: Multipl
     >>> updates["head"]["w"].tolist(), float(learning_rate(state))
     ([[-0.5, -0.5]], 0.5)
     """
-    _check_multipliers(multipliers)
-    rate = apply_rate(cfg, schedule, tuple(cfg.multipliers) + tuple(multipliers))
+    numbers = dict(numbers or {})
+    for name in numbers:
+        check_choice(name, NUMBERS, "make_optimizer: numbers")
+    check(
+        not eps_multipliers or cfg.name in ("adamw", "muon"),
+        f"optim.name={cfg.name!r} has no epsilon to multiply; 'adamw' and 'muon' have one",
+    )
+    given = {
+        "optim.multipliers": (*cfg.multipliers, *multipliers),
+        "decay_multipliers": decay_multipliers,
+        "eps_multipliers": eps_multipliers,
+    }
+    for where, pairs in given.items():
+        _check_multipliers(pairs, where)
+    patterns = [(where, pattern) for where, pairs in given.items() for pattern, _ in pairs]
+    direction = _direction(cfg, numbers.get("b2", cfg.b2), eps_multipliers)
+    rate = apply_rate(
+        cfg, schedule, given["optim.multipliers"], decay_multipliers, numbers.get("weight_decay")
+    )
     balance = optax.chain(optax.scale_by_sign(), optax.scale(-cfg.router_bias_rate))
-    chain = split(_is_router_bias, balance, optax.chain(_direction(cfg), rate))
+    weights = _checking_names(optax.chain(direction, rate), patterns)
+    chain = split(is_router_bias, balance, weights)
     if cfg.ema:
         chain = optax.chain(chain, average_params(cfg.ema))
     return guard(keep_master(chain), cfg.clip_norm)

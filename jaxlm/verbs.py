@@ -29,7 +29,7 @@ class Verb:
     run: Callable[
         [flags.FlagValues, Sequence[str], Any], int
     ]  # flags, positional arguments, config -> exit code
-    config: bool = False  # whether it takes --config and its overrides
+    config: Callable[[], type] | None = None  # the dataclass that --config and its overrides describe
 
 
 def about(flag: flags.Flag) -> str:
@@ -37,12 +37,14 @@ def about(flag: flags.Flag) -> str:
     return flag.help.split(";\n")[0]
 
 
-def _no_positional(verb: str, positional: Sequence[str]) -> None:
+def no_positional(verb: str, positional: Sequence[str]) -> None:
+    """Refuse a word that is no flag."""
     if positional:
         raise UserError(f"jaxlm {verb} takes flags only, got {positional[0]!r}")
 
 
-def _need(values: flags.FlagValues, verb: str, *names: str) -> None:
+def need(values: flags.FlagValues, verb: str, *names: str) -> None:
+    """Refuse a command without these flags."""
     for name in names:
         if not values[name].value:
             raise UserError(f"jaxlm {verb} needs --{name}: {about(values[name])}")
@@ -68,8 +70,8 @@ def _train(values: flags.FlagValues, positional: Sequence[str], config: Any) -> 
     from jaxlm.train.loop import NonFiniteError
     from jaxlm.train.run import train
 
-    _no_positional("train", positional)
-    _need(values, "train", "workdir")
+    no_positional("train", positional)
+    need(values, "train", "workdir")
     try:
         result = train(build(config), values.workdir, bar=values.bar)
     except NonFiniteError as error:
@@ -135,8 +137,8 @@ def _sample_flags(values: flags.FlagValues) -> None:
 def _sample(values: flags.FlagValues, positional: Sequence[str], config: Any) -> int:
     from jaxlm.train.trained import sample
 
-    _no_positional("sample", positional)
-    _need(values, "sample", "workdir")
+    no_positional("sample", positional)
+    need(values, "sample", "workdir")
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
     chosen = {name: values[name].value for name in names if values[name].value is not None}
     prompts = [prompt for prompt in values.prompt for _ in range(values.num)]
@@ -162,8 +164,8 @@ def _evaluate_flags(values: flags.FlagValues) -> None:
 def _evaluate(values: flags.FlagValues, positional: Sequence[str], config: Any) -> int:
     from jaxlm.train.trained import evaluate
 
-    _no_positional("evaluate", positional)
-    _need(values, "evaluate", "workdir")
+    no_positional("evaluate", positional)
+    need(values, "evaluate", "workdir")
     names = ("data", "batch_size", "per_position")
     options = {name: values[name].value for name in names}
     result = evaluate(values.workdir, **options, **_checkpoint(values))
@@ -199,7 +201,7 @@ def _config(values: flags.FlagValues, positional: Sequence[str], config: Any) ->
     from jaxlm.scaling.counting import tables
     from jaxlm.train.run import plan
 
-    _no_positional("config", positional)
+    no_positional("config", positional)
     cfg = build(config)
     if values.json:
         print(canonical_json(cfg, indent=2))
@@ -253,11 +255,11 @@ def _tokenizer(values: flags.FlagValues, positional: Sequence[str], config: Any)
         hint = nearest(got, ("train", "inspect"))
         raise UserError(f"jaxlm tokenizer needs one of 'train' and 'inspect', got {got}{hint}")
     if positional[0] == "train":
-        _need(values, "tokenizer train", "input", "out")
+        need(values, "tokenizer train", "input", "out")
         texts = (document.text for document in iter_all(values.input))
         tokenizer = train_sentencepiece(texts, values.out, values.vocab_size, values.model_type)
     else:
-        _need(values, "tokenizer inspect", "tokenizer")
+        need(values, "tokenizer inspect", "tokenizer")
         tokenizer = load_tokenizer(values.tokenizer)
     report = tokenizer_report(tokenizer, *([] if values.text is None else [values.text]))
     print(json.dumps(report, indent=2, ensure_ascii=False))
@@ -283,8 +285,8 @@ def _prepare_flags(values: flags.FlagValues) -> None:
 def _prepare(values: flags.FlagValues, positional: Sequence[str], config: Any) -> int:
     from jaxlm.data.prepare import prepare
 
-    _no_positional("prepare", positional)
-    _need(values, "prepare", "input", "out", "tokenizer")
+    no_positional("prepare", positional)
+    need(values, "prepare", "input", "out", "tokenizer")
 
     def progress(done: int, units: int, tokens: int, size: int) -> None:
         print(f"{done}/{units} shards  {tokens:,} tokens  {size:,} bytes", file=sys.stderr, flush=True)
@@ -300,6 +302,12 @@ def _prepare(values: flags.FlagValues, positional: Sequence[str], config: Any) -
     return 0
 
 
+def run_config() -> type:
+    from jaxlm.config import RunConfig
+
+    return RunConfig
+
+
 VERBS: dict[str, Verb] = {
     "train": Verb(
         "Train a model, or go on with a run that was stopped.",
@@ -307,7 +315,7 @@ VERBS: dict[str, Verb] = {
         "jaxlm train --config=experiments/quickstart.py:smoke --workdir=runs/smoke --config.optim.lr=1e-3",
         _train_flags,
         _train,
-        config=True,
+        config=run_config,
     ),
     "sample": Verb(
         "Continue texts with a trained model.",
@@ -329,7 +337,7 @@ VERBS: dict[str, Verb] = {
         "jaxlm config --config=experiments/llama_8b.py --sharding --devices=64",
         _config_flags,
         _config,
-        config=True,
+        config=run_config,
     ),
     "tokenizer": Verb(
         "Train a SentencePiece tokenizer, or look at any tokenizer.",

@@ -325,6 +325,7 @@ def test_overrides_take_every_kind_of_value(run):
     words = [
         "model.attention.window=8",
         "model.attention.pattern=('local','global')",
+        "model.mlp_pattern=dense,dense",
         "model.tie_embeddings=true",
     ]
     words += [
@@ -338,6 +339,7 @@ def test_overrides_take_every_kind_of_value(run):
     assert code == 0
     cfg = build(json.loads(out))
     assert cfg.model.attention.pattern == ("local", "global")
+    assert cfg.model.mlp_pattern == ("dense", "dense")
     assert (cfg.model.attention.window, cfg.model.attention.num_heads) == (8, 8)
     assert cfg.model.tie_embeddings
     assert not cfg.model.scan

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "jaxlm"
 
 # Room -> rooms that it may import besides itself. Left to right: L0, L1, L2, L3, L4.
-L0 = {"master_weights", "errors", "tree", "weights", "sharding", "stack"}
+L0 = {"__init__", "master_weights", "errors", "tree", "weights", "sharding", "stack", "transforms"}
 L1 = {"model", "data", "optim"}
 L2 = {"objectives", "generate", "scaling"}
 L3 = {"evaluate", "train"}
@@ -21,8 +21,20 @@ ALLOWED = {
     **dict.fromkeys(L2, L0 | L1),
     **dict.fromkeys(L3, L0 | L1 | L2 | L3),
 }
-# The assembler, what reads a run directory, the configs and the command see every room.
-TOP = {"config", "train/run", "train/trained", "cli", "verbs", "__main__", "__init__"}
+# The assembler, what reads a run directory, the configs, the sweeps of runs and the command see every room.
+TOP = {
+    "config",
+    "train/run",
+    "train/trained",
+    "train/branch",
+    "cli",
+    "verbs",
+    "lab_verbs",
+    "__main__",
+}
+TOP |= {f"sweep/{path.stem}" for path in (PACKAGE / "sweep").glob("*.py")}
+# The rest of scaling, which fits laws to tables, runs on numpy and scipy and sees only itself and the errors.
+WITH_JAX = {"scaling/counting"}
 FOREIGN = {"experiments", "tools", "tests"}
 
 
@@ -60,6 +72,20 @@ def module_of(name: str, known: dict[str, Path]) -> str | None:
 def edges() -> dict[str, set[str]]:
     known = modules()
     return {m: {module_of(name, known) for name in imports(path)} - {None, m} for m, path in known.items()}
+
+
+def test_fitting_laws_needs_no_jax():
+    graph = edges()
+    fit_side = {m for m in graph if room(m) == "scaling"} - WITH_JAX
+    bad = {m: graph[m] - fit_side - {"__init__", "errors"} for m in fit_side}
+    assert not any(bad.values()), bad
+    code = (
+        "import sys; import jaxlm.scaling.fit, jaxlm.scaling.report, jaxlm.scaling.selftest\n"
+        "heavy = {'jax', 'flax', 'orbax', 'grain'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def room(module: str) -> str:
@@ -110,6 +136,8 @@ def test_nothing_in_the_library_imports_experiments_or_tools():
         ("objectives/lm", "train/step"),
         ("train/loop", "train/run"),
         ("model/transformer", "config"),
+        ("train/loop", "sweep/plan"),
+        ("scaling/counting", "train/loop"),
     ],
 )
 def test_the_law_sees_a_violation(module, target):

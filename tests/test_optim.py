@@ -19,9 +19,9 @@ from jaxlm.optim import (
     learning_rate,
     make_optimizer,
     make_schedule,
-    matrix_axes,
     nonfinite_counts,
 )
+from jaxlm.transforms import matrix_axes
 from jaxlm.tree import map_named, named_leaves
 
 # Two stacked layers (leading 2). Kept by hand, not derived from the code under test: the matrices in a leaf
@@ -458,6 +458,56 @@ def test_multipliers_scale_the_learning_rate_of_the_leaves_they_match(name):
         np.testing.assert_allclose(a - start[leaf], wanted, rtol=1e-3, atol=1e-6, err_msg=leaf)
 
 
+def test_decay_multipliers_scale_the_decay_of_the_leaves_they_match():
+    cfg, zeros = OptimConfig(weight_decay=0.3, router_bias_rate=0.0), jax.tree.map(jnp.zeros_like, draw(0))
+    pairs = (("^embed/", 3.0), ("/w", 2.0), ("moe/w_up$", 0.0))
+    got, _ = run(make_optimizer(cfg, lambda n: 0.01, decay_multipliers=pairs), draw(0), [zeros])
+    start, factors = dict(named_leaves(draw(0))), {"embed/table": 3.0, "blocks/0/attention/wq": 2.0}
+    for leaf, a in named_leaves(got):
+        wanted = start[leaf] * (1 - 0.01 * 0.3 * factors.get(leaf, 0.0))
+        np.testing.assert_allclose(a, wanted, rtol=1e-6, err_msg=leaf)
+
+
+def test_eps_multipliers_scale_the_epsilon_of_adam():
+    cfg = OptimConfig(b1=0.8, b2=0.9, eps=0.5, weight_decay=0.0, clip_norm=0.0, router_bias_rate=0.0)
+    pairs = (("^embed/", 3.0), ("attention", 0.25), ("q$", 8.0))
+    grads = [draw(1), draw(2)]
+    got, _ = run(make_optimizer(cfg, lambda n: 1.0, eps_multipliers=pairs), draw(0), grads)
+    factors = {"embed/table": 3.0, "blocks/0/attention/wq": 2.0, "blocks/0/attention/bq": 2.0}
+    for leaf, wanted in named_leaves(draw(0)):
+        state = {}
+        for t, tree in enumerate(grads, start=1):
+            eps = 0.5 * factors.get(leaf, 1.0)
+            wanted = wanted - adam(np.float64(dict(named_leaves(tree))[leaf]), state, t, eps=eps)
+        if leaf != ROUTER_BIAS:
+            np.testing.assert_allclose(dict(named_leaves(got))[leaf], wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_traced_numbers_stand_for_those_of_the_config(name):
+    """One program for two configs equals two programs."""
+    values = {"lr": (0.01, 0.02), "weight_decay": (0.3, 0.0), "b2": (0.9, 0.99)}
+    plain, grads = OptimConfig(name=name, schedule="linear"), [draw(1), draw(2)]
+
+    @jax.jit
+    @jax.vmap
+    def together(numbers):
+        schedule = make_schedule(plain, 5, lr=numbers.pop("lr"))
+        optimizer, params = make_optimizer(plain, schedule, numbers=numbers), draw(0)
+        state = optimizer.init(params)
+        for g in grads:
+            updates, state = optimizer.update(g, state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    got = together({name: jnp.array(x) for name, x in values.items()})
+    for i in range(2):
+        cfg = OptimConfig(name=name, schedule="linear", **{field: x[i] for field, x in values.items()})
+        alone, _ = run(make_optimizer(cfg, make_schedule(cfg, 5)), draw(0), grads)
+        for (leaf, a), (_, b) in zip(named_leaves(got), named_leaves(alone), strict=True):
+            np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-6, err_msg=leaf)
+
+
 @pytest.mark.parametrize("name", ["adafactor", "muon"])
 def test_frozen_leaves_are_holes(name):
     params, grads = draw(0), draw(1)
@@ -590,3 +640,17 @@ def test_a_multiplier_for_no_leaf_is_refused():
     optimizer = make_optimizer(OptimConfig(multipliers=(("embedding", 2.0),)), lambda n: 0.1)
     with pytest.raises(UserError, match="'embedding' is found in no leaf name, such as blocks/0/"):
         optimizer.init(draw(0))
+    for kind in ("decay_multipliers", "eps_multipliers"):
+        optimizer = make_optimizer(OptimConfig(name="muon"), lambda n: 0.1, **{kind: (("embedding", 2.0),)})
+        with pytest.raises(UserError, match=f"{kind}: 'embedding' is found in no leaf name"):
+            optimizer.init(draw(0))
+
+
+def test_options_without_a_meaning_are_refused():
+    make = functools.partial(make_optimizer, schedule=lambda n: 0.1)
+    with pytest.raises(UserError, match="numbers='lr' is not one of 'weight_decay', 'b2'"):
+        make(OptimConfig(), numbers={"lr": 0.1})
+    with pytest.raises(UserError, match=r"optim\.name='lion' has no epsilon"):
+        make(OptimConfig(name="lion"), eps_multipliers=((".", 0.5),))
+    with pytest.raises(UserError, match="decay_multipliers has"):
+        make(OptimConfig(), decay_multipliers=((".", -0.5),))

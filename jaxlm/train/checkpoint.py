@@ -191,6 +191,7 @@ class Keep:
     last: int
     best: int
     period: int
+    steps: frozenset[int]
     metric: str
 
     def score(self, metrics: Mapping[str, float] | None) -> float:
@@ -205,7 +206,8 @@ class Keep:
         kept = set(range(len(checkpoints))[-self.last :])
         kept |= set(sorted(scored, key=scores.__getitem__)[: self.best])
         return [
-            i in kept or bool(self.period and c.step % self.period == 0) for i, c in enumerate(checkpoints)
+            i in kept or c.step in self.steps or bool(self.period and c.step % self.period == 0)
+            for i, c in enumerate(checkpoints)
         ]
 
 
@@ -217,6 +219,7 @@ class Checkpointer:
         keep_last: newest checkpoints to keep.
         keep_best: those with the lowest `best_metric` to keep beside them.
         keep_period: multiples of this step are kept for ever; 0 = none.
+        keep_steps: so are these.
         best_metric: name in the `metrics` given to `save`; lower is better.
         checksums: sha256 of every file in the manifest; without, only sizes are checked.
         warn: gets the text of every warning.
@@ -229,6 +232,7 @@ class Checkpointer:
         keep_last: int = 2,
         keep_best: int = 1,
         keep_period: int = 0,
+        keep_steps: Sequence[int] = (),
         best_metric: str = "eval/nll",
         checksums: bool = True,
         warn: Callable[[str], None] = print_warning,
@@ -239,7 +243,7 @@ class Checkpointer:
                 f"keep_best={keep_best} and keep_period={keep_period} at least 0"
             )
         self.directory = Path(directory).absolute()
-        self._keep = Keep(keep_last, keep_best, keep_period, best_metric)
+        self._keep = Keep(keep_last, keep_best, keep_period, frozenset(keep_steps), best_metric)
         self._checksums, self._warn = checksums, warn
         self._manager: ocp.CheckpointManager | None = None
         self._writing: int | None = None

@@ -54,6 +54,7 @@ class Every:
     stop: bool = False  # also when a signal ends the run early
     cause: str = "other"  # where the clock books its time
     after_report: bool = False  # runs when the step's row is on disk: no checkpoint covers a step without one
+    at: frozenset[int] = frozenset()  # also after these steps
 
     def __post_init__(self) -> None:
         if self.n < 0:
@@ -248,6 +249,7 @@ def train_loop(
             job
             for job in periodic
             if (job.n and done % job.n == 0)
+            or done in job.at
             or (finished and job.last)
             or (reason and not finished and job.stop)
         ]

@@ -18,7 +18,7 @@ import math
 import resource
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,13 @@ from jaxlm.config import RunConfig, config_hash, diff, identity, to_dict
 from jaxlm.data.loader import Loader, eval_batches, make_dataset, prefetch
 from jaxlm.data.tokenizer import check_vocabulary, load_tokenizer
 from jaxlm.errors import UserError, check
-from jaxlm.evaluate import evaluate, make_eval_step
+from jaxlm.evaluate import evaluate
 from jaxlm.generate.decode import Generator, decoder
 from jaxlm.model import transformer
-from jaxlm.objectives.lm import make_lm_objective
-from jaxlm.optim import ema_params, make_optimizer, make_schedule
+from jaxlm.optim import ema_params, make_schedule
 from jaxlm.scaling import counting
 from jaxlm.sharding import MESH_AXES, Layout, LeafLayout, describe, make_mesh, use
+from jaxlm.train.branch import Branch, find_branch, restore_branch
 from jaxlm.train.checkpoint import Checkpointer, step_dirs
 from jaxlm.train.compilation import counted_compilations
 from jaxlm.train.loop import Every, NonFiniteError, StopSignals, train_loop
@@ -50,11 +50,13 @@ from jaxlm.train.metrics import (
     peak_flops,
     read_rows,
 )
+from jaxlm.train.noise_scale import NoiseScale, choose_parts, make_part_squares
 from jaxlm.train.periodic import Profile, Samples
 from jaxlm.train.plot import plot_loss
+from jaxlm.train.programs import learning_rates, numbers_of, optimizer_of, programs
 from jaxlm.train.rundir import RunLock, open_run_dir, probe_writable, write_json
-from jaxlm.train.state import TrainState, abstract_state, create_state, replace_params
-from jaxlm.train.step import Batch, make_step
+from jaxlm.train.state import TrainState, abstract_state, replace_params
+from jaxlm.train.step import Batch
 from jaxlm.train.warmstart import load_params
 from jaxlm.tree import combine, nbytes
 
@@ -67,7 +69,7 @@ class Result:
     reason: str  # why it did not finish
     workdir: str
     config_hash: str
-    steps: int  # updates of the parameters, those of earlier starts included
+    steps: int  # updates of the parameters, those of earlier starts and of the trunk included
     tokens: int  # positions that they saw: steps * B * T
     flops: float  # exact training FLOPs of those tokens
     metrics: Mapping[
@@ -79,6 +81,7 @@ class Result:
     seconds: Mapping[str, float]  # wall time of this start by cause: init, compile, step, eval, ...
     compilation: Mapping[str, Any]  # programs, seconds, hits of the persistent cache
     peak_rss_bytes: int  # of this process
+    branch: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # see `Branch.account`; {} = none
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; `eval/nll` and the other metrics stand at the top level."""
@@ -101,13 +104,21 @@ class Result:
         return "\n".join(lines)
 
 
-def train(cfg: RunConfig, workdir: str | Path, *, bar: bool | None = None) -> Result:
+def train(
+    cfg: RunConfig,
+    workdir: str | Path,
+    *,
+    bar: bool | None = None,
+    stop: Callable[[int], str] = lambda step: "",
+) -> Result:
     """Train the model that `cfg` describes, or go on with the run that `workdir` holds.
 
     Args:
         cfg: the whole run; `jaxlm.config.build` makes it.
         workdir: the run directory; made if it is not there.
         bar: draw a progress bar; default: on a terminal.
+        stop: asked after every step, and once more before the result is written: a reason ends the run like a
+            signal, with a checkpoint; what it raises ends it at once, and no result is written.
 
     Raises:
         UserError: bad input, before any work is spent; a directory that is in use or holds another run.
@@ -134,6 +145,9 @@ def train(cfg: RunConfig, workdir: str | Path, *, bar: bool | None = None) -> Re
             if ended is not None and ended.status == "finished":
                 print(f"{workdir} holds this run, and it is finished", file=sys.stderr)
                 return ended
+        branch = None
+        if cfg.train.branch_from and not step_dirs(workdir / "checkpoints"):
+            branch = find_branch(cfg, workdir)
         cache_dir = workdir.parent / "compilation_cache" if cfg.train.compilation_cache else None
         compiled = run.enter_context(counted_compilations(cache_dir))
 
@@ -143,19 +157,20 @@ def train(cfg: RunConfig, workdir: str | Path, *, bar: bool | None = None) -> Re
         place = partial(place_batch, layout)
         _check_shapes(cfg, layout)
 
-        # ------------------------------------------------------------------------------- model and optimizer
+        # ----------------------------------------------------------------------------------------- programs
         # Shapes alone, so that what does not fit is refused before any text is tokenised.
-        model, init = Model(cfg.model), partial(transformer.init, cfg.model)
-        tokens_per_step = cfg.data.batch_size * cfg.data.seq_len
-        counts = counting.count(cfg.model, cfg.data.seq_len)
-        optimizer = make_optimizer(cfg.optim, make_schedule(cfg.optim, cfg.train.num_steps, tokens_per_step))
-        target, _ = abstract_state(init, optimizer, layout=layout, table=transformer.AXES)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
-        probe_writable(workdir, need_bytes=nbytes(target))
-
-        # ---------------------------------------------------------------------------------------------- data
         tokenizer = load_tokenizer(cfg.data.tokenizer)
         check_vocabulary(tokenizer, cfg.model.vocab_size)
+        # Loss by position is a question for `evaluate`: the rows of a run hold numbers.
+        loss = dataclasses.replace(cfg.loss, per_position=False)
+        shared = dict(microbatches=cfg.train.microbatches, token_bytes=tokenizer.token_bytes)
+        device = programs(cfg.model, loss, cfg.optim, cfg.mesh, **shared)
+        counts = counting.count(cfg.model, cfg.data.seq_len)
+        tokens_per_step = cfg.data.batch_size * cfg.data.seq_len
+        rates = learning_rates(cfg.optim, cfg.train.num_steps, tokens_per_step)
+        probe_writable(workdir, need_bytes=nbytes(device.target))
+
+        # ---------------------------------------------------------------------------------------------- data
         if chief:
             _keep_tokenizer(cfg.data.tokenizer, workdir / "tokenizer")
         hosts = dict(host_index=jax.process_index(), host_count=jax.process_count())
@@ -165,13 +180,6 @@ def train(cfg: RunConfig, workdir: str | Path, *, bar: bool | None = None) -> Re
             held_out = eval_batches(cfg.data, tokenizer, **cached, **hosts) if cfg.data.eval else None
         loader = Loader(dataset, cfg.data, **hosts)
 
-        # ----------------------------------------------------------------------------------------- objective
-        # Loss by position is a question for `evaluate`: the rows of a run hold numbers.
-        loss = dataclasses.replace(cfg.loss, per_position=False)
-        objective = make_lm_objective(model, loss, tokenizer.token_bytes)
-        step = make_step(objective, optimizer, microbatches=cfg.train.microbatches, shardings=shardings)
-        eval_step = make_eval_step(model, loss, tokenizer.token_bytes)
-
         # --------------------------------------------------------------------------------------------- state
         saver = run.enter_context(
             Checkpointer(
@@ -179,23 +187,27 @@ def train(cfg: RunConfig, workdir: str | Path, *, bar: bool | None = None) -> Re
                 keep_last=cfg.train.keep_last,
                 keep_best=cfg.train.keep_best,
                 keep_period=cfg.train.keep_period,
+                keep_steps=cfg.train.save_steps,
             )
         )
-        restored = saver.restore(target, quarantine=chief)
+        restored = saver.restore(device.target, quarantine=chief)
         if restored is not None:
             state, start = restored.state, restored.step
             _check_same_data(restored.data, dataset.fingerprint, workdir)
+            branch = Branch.from_dict(restored.data.get("branch"))
+        elif branch is not None:
+            state, start = restore_branch(branch, device.target, dataset.fingerprint), branch.step
         else:
-            state, _ = create_state(init, optimizer, cfg.seed, layout=layout, table=transformer.AXES)
-            start = 0
+            (state, _), start = device.new_state(cfg.seed), 0
             if cfg.train.warm_start:
                 params, report = load_params(
                     cfg.train.warm_start,
-                    target.params,
+                    device.target.params,
                     rename=cfg.train.warm_start_rename,
                     allow_missing=cfg.train.warm_start_missing,
                 )
                 print(report.text(), file=sys.stderr)
+                optimizer = optimizer_of(cfg.model, cfg.optim, lambda count: 0.0)
                 state = replace_params(state, combine(params, state.params), optimizer)
 
         # ----------------------------------------------------------------------------------------- reporting
@@ -232,11 +244,12 @@ def train(cfg: RunConfig, workdir: str | Path, *, bar: bool | None = None) -> Re
             sizes = dict(num_tokens=held_out.num_tokens, num_bytes=held_out.num_bytes)
             scored, scored_at = {}, done
             for prefix, params in models.items():
-                scored |= evaluate(eval_step, params, held_out, place=place, **sizes).metrics(prefix)
+                scored |= evaluate(device.eval_step, params, held_out, place=place, **sizes).metrics(prefix)
             return scored
 
         def save(done: int, state: TrainState) -> None:
-            position = {"step": done, "fingerprint": dataset.fingerprint}
+            left = None if branch is None else branch.to_dict()
+            position = {"step": done, "fingerprint": dataset.fingerprint, "branch": left}
             metrics = scored if scored_at == done else None
             saver.save(done, state, data=position, config=to_dict(cfg), metrics=metrics)
 
@@ -244,9 +257,20 @@ def train(cfg: RunConfig, workdir: str | Path, *, bar: bool | None = None) -> Re
             plot_loss(workdir / "metrics.jsonl", workdir / "loss.png", title=workdir.name)
 
         t, at_every_end = cfg.train, dict(last=True, stop=True, after_report=True)
-        periodic = [Every(t.save_every, save, "save", cause="checkpoint", **at_every_end)]
+        at = frozenset(t.save_steps)
+        periodic = [Every(t.save_every, save, "save", cause="checkpoint", at=at, **at_every_end)]
         if held_out is not None:
             periodic.append(Every(t.eval_every, evaluate_now, "eval", cause="eval", last=True))
+        if t.noise_scale_every:
+            parts = choose_parts(cfg.data.batch_size, layout.shards("batch"), max(t.microbatches, 8))
+            noise = NoiseScale(
+                make_part_squares(device.objective, parts),
+                lambda done: place(loader(done)),
+                tokens_per_step=tokens_per_step,
+                dropout=cfg.model.dropout > 0,
+                history=earlier if chief else (),
+            )
+            periodic.append(Every(t.noise_scale_every, noise, "noise", cause="noise"))
         if t.sample_prompts:
             generator = Generator(decoder(cfg.model), tokenizer, layout=layout)
             samples = Samples(workdir / "samples.txt", generator, t.sample_prompts, cfg.sample, start)
@@ -258,7 +282,7 @@ def train(cfg: RunConfig, workdir: str | Path, *, bar: bool | None = None) -> Re
 
         # ---------------------------------------------------------------------------------------------- loop
         starting.close()
-        stop = run.enter_context(StopSignals(warn=console.log))
+        signals = run.enter_context(StopSignals(warn=console.log))
         batches = run.enter_context(prefetch(loader, start, cfg.data.prefetch, place))
 
         def result(status: str, reason: str, steps: int) -> Result:
@@ -277,21 +301,22 @@ def train(cfg: RunConfig, workdir: str | Path, *, bar: bool | None = None) -> Re
                 seconds={cause: round(s, 3) for cause, s in clock.seconds().items()},
                 compilation=compiled.to_dict(),
                 peak_rss_bytes=_peak_rss(),
+                branch=branch.account(steps, tokens_per_step, counts.flops_train) if branch else {},
             )
 
         try:
             ended = train_loop(
                 state,
                 None,
-                step,
-                lambda n, state: next(batches),
+                device.step,
+                lambda n, state: (next(batches), numbers_of(cfg.optim, rates, n)),
                 periodic,
                 num_steps=cfg.train.num_steps,
                 start=start,
                 report=reporter,
                 log_every=cfg.train.log_every,
                 tick=console.tick,
-                stop=stop,
+                stop=lambda done: stop(done) or signals(done),
                 clock=clock,
                 nonfinite_limit=cfg.train.max_nonfinite,
             )
@@ -300,6 +325,7 @@ def train(cfg: RunConfig, workdir: str | Path, *, bar: bool | None = None) -> Re
             raise
         with clock.spend("checkpoint"):
             saver.wait()
+        stop(ended.step)
         summary = result(ended.status, ended.reason, ended.step)
         if chief:
             write_json(workdir / "result.json", summary.to_dict())
@@ -307,25 +333,6 @@ def train(cfg: RunConfig, workdir: str | Path, *, bar: bool | None = None) -> Re
 
 
 # ----------------------------------------------------------------------------------------------- parts of it
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """A transformer as the objective sees it."""
-
-    cfg: transformer.TransformerConfig
-
-    def apply(self, params: Any, batch: Batch, key: Any) -> tuple[jax.Array, dict[str, Any]]:
-        """Hidden states and auxiliary values."""
-        segments, positions = batch["segments"], batch["positions"]
-        hidden_BTD, _, aux = transformer.apply(
-            self.cfg, params, batch["tokens"], segments_BT=segments, positions_BT=positions, key=key
-        )
-        return hidden_BTD, aux
-
-    def unembed(self, params: Any, hidden_BTD: jax.Array) -> jax.Array:
-        """Logits."""
-        return transformer.unembed(self.cfg, params, hidden_BTD)
 
 
 def place_batch(layout: Layout, batch: Batch) -> Batch:
@@ -447,7 +454,8 @@ def plan(cfg: RunConfig, *, num_devices: int | None = None) -> Plan:
     layout = Layout(mesh, cfg.mesh.table())
     _check_shapes(cfg, layout)
     tokens = cfg.data.batch_size * cfg.data.seq_len
-    optimizer = make_optimizer(cfg.optim, make_schedule(cfg.optim, cfg.train.num_steps, tokens))
+    schedule = make_schedule(cfg.optim, cfg.train.num_steps, tokens)
+    optimizer = optimizer_of(cfg.model, cfg.optim, schedule)
     init = partial(transformer.init, cfg.model)
     state, _ = abstract_state(init, optimizer, layout=layout, table=transformer.AXES)
     rows = cfg.data.batch_size // (cfg.train.microbatches * layout.shards("batch"))

@@ -79,6 +79,10 @@ def probe_writable(directory: str | Path, need_bytes: int = 0) -> Path:
     return directory
 
 
+class LockedError(UserError):
+    """Another process works in the run directory."""
+
+
 class RunLock:
     """Held by the one process that may write in a run directory; freed by the kernel however it ends.
 
@@ -86,7 +90,7 @@ class RunLock:
     >>> with tempfile.TemporaryDirectory() as path, RunLock(path):
     ...     RunLock(path).__enter__()  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    jaxlm.errors.UserError: ... is in use by process ...
+    jaxlm.train.rundir.LockedError: ... is in use by process ...
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -97,7 +101,7 @@ class RunLock:
         """Take the lock.
 
         Raises:
-            UserError: another process has it; the message names its pid and host.
+            LockedError: another process has it; the message names its pid and host.
         """
         file = self._path.open("a+", encoding="utf-8")
         try:
@@ -108,7 +112,7 @@ class RunLock:
             file.close()
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise UserError(f"cannot lock {self._path}: {error.strerror}") from error
-            raise UserError(
+            raise LockedError(
                 f"{self._path.parent} is in use by {holder}; wait for it or stop it first"
             ) from error
         file.truncate(0)
@@ -166,7 +170,9 @@ def environment() -> dict[str, Any]:
 
 
 # What a start that was refused before its first step may have left behind.
-OWN_FILES = frozenset({"run.lock", "config.json", "metrics.jsonl", "events", "checkpoints", "tokenizer"})
+OWN_FILES = frozenset(
+    {"run.lock", "config.json", "metrics.jsonl", "events", "checkpoints", "tokenizer", "failed.json"}
+)
 
 
 def open_run_dir(

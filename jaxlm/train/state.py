@@ -165,10 +165,22 @@ def create_state(
     Raises:
         UserError: a leaf without an AXES entry, a size that the mesh does not divide, a seed out of range.
     """
+    return state_program(init, optimizer, layout=layout, table=table, trainable=trainable)(seed)
+
+
+def state_program(
+    init: Callable[[jax.Array], Params],
+    optimizer: optax.GradientTransformation,
+    *,
+    layout: Layout | None = None,
+    table: Axes | None = None,
+    trainable: Callable[[str, Any], bool] | None = None,
+) -> Callable[[int], tuple[TrainState, Params | None]]:
+    """`create_state` as a function of the seed alone, traced and compiled once for all seeds."""
     build = _builder(init, optimizer, trainable)
-    key = _seed_key(seed)
-    shardings = _shardings(layout, table, jax.eval_shape(build, key))
-    return jax.jit(build, out_shardings=shardings)(key)
+    shardings = _shardings(layout, table, jax.eval_shape(build, _seed_key(0)))
+    program = jax.jit(build, out_shardings=shardings)
+    return lambda seed: program(_seed_key(seed))
 
 
 def replace_params(state: TrainState, params: Params, optimizer: optax.GradientTransformation) -> TrainState:

@@ -14,11 +14,12 @@ from jaxlm.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from jaxlm.errors import UserError, check
 from jaxlm.generate import decode
 from jaxlm.model import transformer
-from jaxlm.optim import ema_params, make_optimizer, make_schedule
+from jaxlm.optim import ema_params, make_schedule
 from jaxlm.sharding import Layout, MeshConfig, make_mesh, use
 from jaxlm.train.checkpoint import Checkpointer
 from jaxlm.train.compilation import counted_compilations
-from jaxlm.train.run import Model, place_batch
+from jaxlm.train.programs import Model, optimizer_of
+from jaxlm.train.run import place_batch
 from jaxlm.train.state import abstract_state
 from jaxlm.train.warmstart import load_params
 
@@ -58,7 +59,7 @@ def load_trained(
     layout = Layout(make_mesh(mesh), mesh.table())
     init = partial(transformer.init, cfg.model)
     tokens = cfg.data.batch_size * cfg.data.seq_len
-    optimizer = make_optimizer(cfg.optim, make_schedule(cfg.optim, cfg.train.num_steps, tokens))
+    optimizer = optimizer_of(cfg.model, cfg.optim, make_schedule(cfg.optim, cfg.train.num_steps, tokens))
     target, _ = abstract_state(init, optimizer, layout=layout, table=transformer.AXES)
     if ema:
         check(cfg.optim.ema > 0, f"{workdir} keeps no averaged parameters (optim.ema=0)")

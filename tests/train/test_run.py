@@ -16,7 +16,7 @@ import pytest
 from jaxlm.config import build, config_hash, to_dict
 from jaxlm.errors import UserError
 from jaxlm.sharding import MeshConfig
-from jaxlm.train import run
+from jaxlm.train import programs, run
 from jaxlm.train.checkpoint import Checkpointer, step_dirs
 from jaxlm.train.loop import NonFiniteError
 from jaxlm.train.metrics import read_rows
@@ -74,6 +74,7 @@ def finished(texts, tmp_path_factory):
     """One whole run: (config, directory, result)."""
     cfg = config(texts)
     workdir = tmp_path_factory.mktemp("runs") / "whole"
+    programs._programs.cache_clear()  # another test may have run this shape in this process
     return cfg, workdir, train(cfg, workdir, bar=False)
 
 
@@ -169,11 +170,30 @@ def test_the_result_says_what_was_done(finished):
 def test_three_programs_are_compiled_besides_sampling(finished):
     """init, train step, eval step; `start` and `decode_chunk` are the sampler's. Nothing compiles twice."""
     _, _, result = finished
-    programs = result.compilation["programs"]
+    compiled = result.compilation["programs"]
     names = {"build", "step", "eval_step", "start", "decode_chunk"}
-    assert {name: len(programs[name]) for name in names} == dict.fromkeys(names, 1)
-    # Besides: seeds to keys, and the copy that a checkpoint takes of the state.
-    assert set(programs) - names <= {"_threefry_seed", "bitwise_or", "stage"}
+    assert {name: len(compiled[name]) for name in names} == dict.fromkeys(names, 1)
+    # Besides: the learning rates, seeds to keys, and the copy that a checkpoint takes of the state.
+    assert set(compiled) - names <= {"schedule", "_threefry_seed", "bitwise_or", "stage"}
+
+
+def test_runs_of_one_shape_share_their_programs(finished, texts, tmp_path):
+    """Other seed, rate, schedule, length, decay and beta2: nothing is traced again, and each has its own."""
+    _, workdir, _ = finished
+    optim = {"lr": 1e-3, "schedule": "linear", "final": 0.0, "weight_decay": 0.3, "b2": 0.9}
+    optim |= {"warmup": 1.0, "warmup_unit": "steps"}
+    train_part = {"num_steps": 3, "sample_prompts": []}
+    other = config(texts, seed=5, optim=optim, train=train_part)
+    result = train(other, tmp_path / "other", bar=False)
+    assert set(result.compilation["programs"]) <= {"schedule"}
+    rows = read_rows(tmp_path / "other" / "metrics.jsonl")
+    np.testing.assert_allclose([row["train/lr"] for row in rows], [1e-3, 1e-3, 5e-4], rtol=1e-6)
+    # The same run in a process of its own, so to speak.
+    programs._programs.cache_clear()
+    again = train(other, tmp_path / "again", bar=False)
+    assert "step" in again.compilation["programs"]
+    assert numbers(tmp_path / "other") == numbers(tmp_path / "again")
+    assert rows[0]["train/nll"] != read_rows(workdir / "metrics.jsonl")[0]["train/nll"]
 
 
 def test_samples_follow_their_prompts(finished):
@@ -381,6 +401,20 @@ def test_a_diverging_run_stops_with_a_message(texts, tmp_path):
     saved = json.loads((tmp_path / "run" / "result.json").read_text())
     assert saved["status"] == "failed"
     assert "not finite" in saved["reason"]
+
+
+@pytest.mark.slow
+def test_the_noise_scale_is_measured_beside_an_unchanged_run(finished, texts, tmp_path):
+    cfg, workdir, _ = finished
+    watched = config(texts, train={"noise_scale_every": 2})
+    assert config_hash(watched) == config_hash(cfg)
+    train(watched, tmp_path / "run", bar=False)
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows if "noise/trace" in row] == [2, 4, 6]
+    plain = [
+        {k: v for k, v in row.items() if not k.startswith("noise/")} for row in numbers(tmp_path / "run")
+    ]
+    assert plain == numbers(workdir)
 
 
 @pytest.mark.slow

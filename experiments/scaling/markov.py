@@ -1,0 +1,38 @@
+"""The one sweep whose floor is known: text from an order-2 Markov source of exact entropy rate.
+
+Claim: the irreducible loss E that a surface fit finds covers the true floor, 2.2448 nats per byte on rows of
+128 (the source's entropy rate is 2.2365), though no run comes near it.
+Command:
+    python -m jaxlm.data.markov --out=data/markov --train_symbols=16000000
+    jaxlm plan --config=experiments/scaling/markov.py --workdir=runs/markov
+    jaxlm sweep --workdir=runs/markov
+    jaxlm collect --workdir=runs/markov
+    jaxlm fit --table=runs/markov/table.csv --out=runs/markov/fits/surface
+Hardware: two CPU cores, 4 GB.
+Expected: not run yet.
+Last run: none.
+
+Differs from `smoke.py` in its text alone, of which there is as much as one likes: every run reads it once.
+The floor is `floor` in data/markov/markov.json, see `jaxlm.data.markov`. `:tiny` is the same made so small
+that it runs in seconds, on Python's own source code.
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from jaxlm.config import load_experiment
+from jaxlm.errors import check_choice
+
+
+def get_config(part: str = "grid") -> ConfigDict:
+    check_choice(part, ("grid", "tiny"), "--config: part after the colon")
+    config = load_experiment(f"{Path(__file__).with_name('smoke.py')}:{part}")
+    if part == "tiny":
+        return config
+    config.run.data.train = "data/markov/train/*.txt"
+    config.run.data.eval = "data/markov/heldout/*.txt"
+    grid = config.grid
+    grid.budgets = (1e11, 3e11, 1e12, 3e12)
+    grid.centers = (20e3, 35e3, 60e3, 105e3)
+    return config

@@ -1,0 +1,142 @@
+"""The config of a transformer: its shape, its variations, and how it differs from a smaller one."""
+
+import dataclasses
+import math
+
+from jaxlm.errors import UserError, check, check_choice
+from jaxlm.model import positions as pos
+from jaxlm.model.attention import AttentionConfig, check_backend
+from jaxlm.model.layers import ACTIVATIONS
+from jaxlm.model.moe import MoEConfig
+from jaxlm.model.positions import PositionConfig
+from jaxlm.stack import REMAT
+
+DTYPES = ("float32", "bfloat16", "float16")
+PARAMETRIZATIONS = ("standard", "mup", "completep")  # see jaxlm.model.parametrization
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """Shape and variations of a transformer stack."""
+
+    vocab_size: int = 256  # V
+    num_layers: int = 4  # L
+    model_dim: int = 128  # D
+    mlp_dim: int = 0  # F, width of a dense MLP; 0 = 4 D
+    mlp_pattern: tuple[str, ...] = ("dense",)  # one period of layers, each 'dense' or 'moe'
+    activation: str = "swiglu"  # name in jaxlm.model.layers.ACTIVATIONS
+    mlp_bias: bool = False  # biases in the dense MLPs
+    norm: str = "rmsnorm"  # rmsnorm | layernorm
+    norm_eps: float = 1e-6  # added to the variance
+    norm_position: str = "pre"  # pre: x + f(n(x)) | post: n(x + f(x)) | sandwich: x + n(f(n(x)))
+    parallel_block: bool = False  # x + attention(n(x)) + mlp(n(x)), one norm (GPT-J, PaLM)
+    tie_embeddings: bool = False  # the head is the embedding table
+    scale_embeddings: bool = False  # embeddings times sqrt(D) (Gemma)
+    logit_softcap: float = 0.0  # logits become c tanh(logits / c); 0 = off
+    dropout: float = 0.0  # of the embeddings and of each branch before it is added
+    causal: bool = True  # False: every position sees its whole segment
+    init_std: float = 0.02  # of weights; 0 = fan_in ** -0.5
+    parametrization: str = "standard"  # standard | mup | completep: how a wider or deeper model differs
+    base_width: int = 0  # mup, completep: model_dim of the model that lr and init_std were tuned on
+    base_depth: int = 0  # completep: num_layers of that model
+    base_head_dim: int = 0  # mup, completep: its head_dim; 0 = attention.head_dim (width adds heads)
+    scan: bool = True  # lax.scan over the layers, or an unrolled loop
+    remat: str = "none"  # none | minimal | full: name in jaxlm.stack.REMAT
+    dtype: str = "float32"  # operands of products, and activations
+    param_dtype: str = "float32"  # stored parameters
+    accum_dtype: str = "float32"  # sums inside products
+    attention: AttentionConfig = AttentionConfig()
+    position: PositionConfig = PositionConfig()
+    moe: MoEConfig = MoEConfig()
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "num_layers", "model_dim"):
+            check(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)} must be at least 1")
+        check(self.mlp_dim >= 0, f"model.mlp_dim={self.mlp_dim} must not be negative")
+        check_choice(self.activation, ACTIVATIONS, "model.activation")
+        check_choice(self.norm, ("rmsnorm", "layernorm"), "model.norm")
+        check_choice(self.norm_position, ("pre", "post", "sandwich"), "model.norm_position")
+        check_choice(self.remat, REMAT, "model.remat")
+        for name in ("dtype", "param_dtype", "accum_dtype"):
+            check_choice(getattr(self, name), DTYPES, f"model.{name}")
+        check(0.0 <= self.dropout < 1.0, f"model.dropout={self.dropout} must be in [0, 1)")
+        check(self.init_std >= 0.0, f"model.init_std={self.init_std} must not be negative")
+        check(self.logit_softcap >= 0.0, f"model.logit_softcap={self.logit_softcap} must not be negative")
+        check(len(self.mlp_pattern) > 0, "model.mlp_pattern must name at least one layer kind")
+        for kind in self.mlp_pattern:
+            check_choice(kind, ("dense", "moe"), "model.mlp_pattern")
+        has_moe = "moe" in self.mlp_pattern
+        check(
+            has_moe == (self.moe.num_experts > 0),
+            f"model.moe.num_experts={self.moe.num_experts} and model.mlp_pattern={self.mlp_pattern} "
+            f"disagree: "
+            "experts need 'moe' layers, and 'moe' layers need experts",
+        )
+        check(
+            not (self.parallel_block and self.norm_position != "pre"),
+            f"model.parallel_block needs norm_position='pre', got {self.norm_position!r}",
+        )
+        heads = self.attention.num_heads
+        if not self.attention.head_dim and self.model_dim % heads:
+            raise UserError(
+                f"model.model_dim={self.model_dim} is not divisible by model.attention.num_heads={heads}; "
+                f"the nearest that is: {max(heads, round(self.model_dim / heads) * heads)}, or set "
+                f"attention.head_dim"
+            )
+        self._check_parametrization()
+        if self.position.kind == "rope":
+            pos.rotary_dim(self.position, self.head_dim)  # refuses what cannot be paired
+        check_backend(
+            self.attention.backend,
+            softcap=self.attention.softcap > 0,
+            sinks=self.attention.sinks,
+            bias=self.position.kind in ("alibi", "t5"),
+        )
+
+    def _check_parametrization(self) -> None:
+        check_choice(self.parametrization, PARAMETRIZATIONS, "model.parametrization")
+        for name in ("base_width", "base_depth", "base_head_dim"):
+            check(getattr(self, name) >= 0, f"model.{name}={getattr(self, name)} must not be negative")
+        needed = {"standard": (), "mup": ("base_width",), "completep": ("base_width", "base_depth")}
+        for name in needed[self.parametrization]:
+            own = "model_dim" if name == "base_width" else "num_layers"
+            check(
+                getattr(self, name) > 0,
+                f"model.parametrization={self.parametrization!r} needs model.{name}: the {own} of the model "
+                f"that the learning rate was tuned on (this one's is {getattr(self, own)})",
+            )
+        derived = self.attention.head_dim == 0 and self.base_head_dim == 0
+        if self.parametrization != "standard" and derived and self.model_dim != self.base_width:
+            narrow = max(1, self.base_width // self.attention.num_heads)
+            raise UserError(
+                f"model.parametrization={self.parametrization!r} scales attention by base_head_dim / "
+                f"head_dim, and model.model_dim={self.model_dim} against model.base_width={self.base_width} "
+                f"leaves two choices open: set model.attention.head_dim={self.head_dim} if the wider model "
+                f"has more heads of one size, or model.base_head_dim={narrow} if its heads are wider"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """H."""
+        return self.attention.head_dim or self.model_dim // self.attention.num_heads
+
+    @property
+    def mlp_width(self) -> int:
+        """F."""
+        return self.mlp_dim or 4 * self.model_dim
+
+    @property
+    def layer_kinds(self) -> tuple[tuple[str, str], ...]:
+        """(attention kind, mlp kind) of every layer."""
+        a, m = self.attention.pattern, self.mlp_pattern
+        return tuple((a[i % len(a)], m[i % len(m)]) for i in range(self.num_layers))
+
+    @property
+    def period(self) -> int:
+        """Layers in the unit that is scanned: the least common multiple of the two patterns, at most L."""
+        return min(math.lcm(len(self.attention.pattern), len(self.mlp_pattern)), self.num_layers)
+
+    @property
+    def num_moe_layers(self) -> int:
+        """How many layers route."""
+        return sum(mlp == "moe" for _, mlp in self.layer_kinds)

@@ -1,0 +1,195 @@
+"""Alarms that need only the runs: what was sampled, tuned and repeated. `diagnostics.examine` calls them.
+
+Each takes the points and the law and returns what it found; columns that a table does not have are not
+judged.
+"""
+
+import numpy as np
+
+from jaxlm.scaling.table import Points
+from jaxlm.scaling.vertices import size_labels, sizes
+
+Found = list[dict]
+PORIAN_BATCH = 128 * 2048  # tokens: at or below it, beta2 = .95 was too low
+
+
+def found(name: str, level: str, text: str, value: object) -> Found:
+    """One diagnostic: level is note, warning or refusal."""
+    return [dict(name=name, level=level, text=text, value=value)]
+
+
+def narrow_range(points: Points, law: str) -> Found:
+    """An exponent of something that hardly varies is not identified."""
+    out: Found = []
+    for name in "ND":
+        values = getattr(points, name)
+        ratio = float(values.max() / values.min())
+        if law not in ("loss_n", "loss_d", "loss_c") and ratio < 5:
+            text = f"{name} varies by a factor {ratio:.3g} only: its exponent is hardly identified"
+            out += found("narrow_range", "warning", text, ratio)
+    return out
+
+
+def multi_epoch(points: Points, law: str) -> Found:
+    """Repeated tokens in a law that takes every token for a new one (pitfall 16)."""
+    if law == "data_constrained":
+        return []
+    epochs = points.extra.get("epochs")
+    if epochs is None and "U" in points.extra:
+        epochs = points.D / points.extra["U"]
+    if epochs is None:
+        return []
+    many = int((np.nan_to_num(epochs) > 1.001).sum())
+    if not many:
+        return []
+    text = (
+        f"{many} of {len(points)} runs saw tokens more than once (up to {np.nanmax(epochs):.3g} epochs), "
+        f"which law={law!r} takes for new ones: leave them out (--where='epochs<=1') or fit "
+        "law=data_constrained"
+    )
+    return found("multi_epoch", "warning", text, many)
+
+
+def _cells(points: Points) -> np.ndarray:
+    """Labels of runs of the same N and D."""
+    return size_labels(points.N) * (len(points) + 1) + size_labels(points.D)
+
+
+def learning_rates(points: Points, law: str) -> Found:
+    """Edges, ragged grids, chosen minima and a single rate for all sizes (pitfalls 8 and 11)."""
+    lr = points.extra.get("lr")
+    if lr is None or law.startswith("lr_") or not np.isfinite(lr).all():
+        return []
+    cells = _cells(points)
+    tried = {cell: np.unique(lr[cells == cell]) for cell in np.unique(cells)}
+    several = {cell: rates for cell, rates in tried.items() if len(rates) > 1}
+    out: Found = []
+    edges = 0
+    for cell, rates in several.items():
+        at = cells == cell
+        edges += lr[at][points.L[at].argmin()] in (rates[0], rates[-1])
+    if edges:
+        text = (
+            f"the best learning rate of {edges} of the {len(several)} (N, D) cells with several is the "
+            "smallest or the largest tried there: the optimum is outside the grid, and the loss is not the "
+            "tuned one"
+        )
+        out += found("lr_edge", "warning", text, int(edges))
+    if several:
+        text = (
+            f"{len(several)} cells of one (N, D) have several learning rates: a law of N and D sees their "
+            "spread as noise, and untuned runs as runs. Fit at a smooth rule lr*(N, D), not at the best of "
+            "each cell"
+        )
+        out += found("lr_in_cells", "warning", text, len(several))
+    counts = {len(rates) for rates in tried.values()}
+    chosen = points.extra.get("candidates")  # how many runs a row was chosen from
+    picked = chosen is not None and bool((np.nan_to_num(chosen) > 1).any())
+    if (several and len(counts) > 1) or picked or _looks_picked(points, lr, tried):
+        text = (
+            "each cell seems to be represented by the best of several learning rates, without the others: "
+            "the minimum of noisy losses is too low, and more so where more rates were tried (measured: "
+            "alpha .200 -> .138, E 1.81 -> 1.40). Keep all runs and take the minimum of a smooth curve, or "
+            "one fitted lr rule"
+        )
+        out += found("best_of_grid", "warning", text, sorted(counts))
+    if len(np.unique(lr)) == 1 and points.N.max() / points.N.min() >= 10:
+        text = "one learning rate for sizes a decade apart: untuned, unless it is a base rate that muP scales"
+        out += found("one_lr", "note", text, float(lr[0]))
+    return out
+
+
+def _looks_picked(points: Points, lr: np.ndarray, tried: dict) -> bool:
+    """One run a cell, few distinct rates, and the rate no function of N, of D or of C."""
+    rates = len(np.unique(lr))
+    if any(len(r) > 1 for r in tried.values()) or not 1 < rates <= max(len(points) // 2, 2):
+        return False
+    for values in (points.N, points.D, points.C, points.C / points.D):
+        labels = size_labels(values)
+        if labels.max() + 1 <= len(points) / 2 and all(
+            len(np.unique(lr[labels == k])) == 1 for k in np.unique(labels)
+        ):
+            return False
+    # A smooth rule of N and D, however rounded to a grid, is still nearly linear in the logs.
+    basis = np.stack([np.ones(len(points)), np.log(points.N), np.log(points.D)], -1)
+    rest = np.log(lr) - basis @ np.linalg.lstsq(basis, np.log(lr), rcond=None)[0]
+    step = np.diff(np.log(np.unique(lr))).min()
+    return bool(rest.std() > 0.45 * step)
+
+
+def schedules(points: Points, law: str) -> Found:
+    """Points on the way of one decayed run; a warm-up that is long for the run; beta2 (pitfalls 8 and 9)."""
+    out: Found = []
+    run = points.extra.get("run")
+    if run is not None:
+        runs, index = np.unique(run, return_inverse=True)
+        many = sum(sizes(points.D[index == k]) > 1 for k in range(len(runs)))
+        if many:
+            text = (
+                f"{many} runs appear at several D: points on the way of a decayed schedule are worse than "
+                "runs of that length. Use one schedule a point, or cooldown branches (which are runs of "
+                "their own)"
+            )
+            out += found("checkpoints_as_runs", "warning", text, int(many))
+    warmup = points.extra.get("warmup_tokens")
+    if warmup is not None and (warmup > 0.25 * points.D).any():
+        many = int((warmup > 0.25 * points.D).sum())
+        text = f"{many} runs warm up for more than a quarter of their tokens: small budgets come out too bad"
+        out += found("long_warmup", "warning", text, many)
+    b2, batch = points.extra.get("b2"), points.extra.get("batch")
+    if b2 is not None and batch is not None:
+        low = int(((b2 <= 0.95) & (batch <= PORIAN_BATCH)).sum())
+        if low:
+            text = f"{low} runs have beta2 <= .95, too low for batches of up to {PORIAN_BATCH:,} tokens"
+            out += found("low_beta2", "note", text, low)
+    return out
+
+
+def seed_noise(points: Points, law: str) -> Found:
+    """Whether anything but the fit's residuals tells the noise (pitfall 15)."""
+    _, counts = np.unique(_cells(points), return_counts=True)
+    if points.sigma is not None or "lr" in points.extra or (counts > 1).any():
+        return []
+    text = (
+        "no run is repeated with another seed and there is no sigma column: the noise is known from "
+        "residuals only, which hold the law's own errors too. Two seeds at a few points would tell them apart"
+    )
+    return found("no_seed_noise", "note", text, 0)
+
+
+def token_counts(points: Points, law: str) -> Found:
+    """D that is C / (6 N) to the last digit was not counted (section 1)."""
+    if not np.allclose(points.C, 6.0 * points.N * points.D, rtol=1e-9):
+        return []
+    text = (
+        "C = 6 N D holds exactly: one of the three was computed from the other two, so that attention, head "
+        "and embedding FLOPs are not in the fit"
+    )
+    return found("flops_by_6nd", "note", text, 6.0)
+
+
+def large_scatter(points: Points, law: str) -> Found:
+    """Repeated runs against the sigma column."""
+    if points.sigma is None:
+        return []
+    cells = _cells(points)
+    chi2 = dof = 0.0
+    for cell in np.unique(cells):
+        at = cells == cell
+        chi2 += float((((points.L[at] - points.L[at].mean()) / points.sigma[at]) ** 2).sum())
+        dof += at.sum() - 1
+    if dof < 3 or chi2 / dof < 1 + 4 * np.sqrt(2 / dof):
+        return []
+    text = f"runs of one (N, D) differ by {np.sqrt(chi2 / dof):.2g} times what the sigma column says"
+    return found("sigma_too_small", "warning", text, float(np.sqrt(chi2 / dof)))
+
+
+CHECKS = (
+    narrow_range,
+    multi_epoch,
+    learning_rates,
+    schedules,
+    seed_noise,
+    token_counts,
+    large_scatter,
+)

@@ -1,0 +1,248 @@
+"""How far a fit can be trusted: bootstrap, covariance, profile likelihood, and intervals from each.
+
+With psi = rho', s^2 = sum w psi^2 / (R - F) and m the mean of rho'' (for a kink narrower than the residuals, a
+window around 0 takes its place), R points and F free parameters:
+
+    Gauss-Newton   k^2 s^2 / m^2 (J'WJ)^-1, which is s^2 (J'J)^-1 for least squares
+    sandwich       k^2 H^-1 (sum w^2 psi^2 J J') H^-1 R / (R - F), H = sum w rho'' J J'
+    profile        all values whose best objective is within k^2 s^2 / (2 m) F_{1, R-F}(level) of the optimum
+
+with Huber's correction for few points, k = 1 + F/R Var(rho'') / m^2 (Huber 1973, Annals of Statistics 1, 799).
+
+Bootstrap intervals take the percentiles that widen a normal interval to Student's with R - F degrees of freedom
+and sqrt(R / (R - F)) (Hesterberg 2015, "expanded percentile"): plain percentiles are too narrow for few points.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+from scipy import stats
+
+from jaxlm.errors import check
+from jaxlm.scaling.forms import Array
+from jaxlm.scaling.laws import Law
+from jaxlm.scaling.problem import Problem, objective_value, rho
+from jaxlm.scaling.solve import refit
+
+STEPS = (0.25, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0, 128.0, 256.0, 512.0)
+WIDEST = 3.0  # a step of a profile in a coordinate, at most: a ridge has no standard error
+EXPONENTS = ("a", "b", "c")  # derived numbers that are no positive scale
+
+
+@dataclasses.dataclass(frozen=True)
+class Bootstrap:
+    """Parameters of resampled fits."""
+
+    draws: Array  # (draws that succeeded, P), every parameter of the law
+    kind: str  # case | block
+    asked: int
+    failed: int
+
+
+def resamples(count: int, draws: int, seed: int, block: Array | None = None) -> Array:
+    """How often each of `count` runs is drawn, (draws, count): with replacement, whole blocks where given.
+
+    >>> resamples(4, 2, 0, np.array([0, 0, 1, 1])).sum(-1)
+    array([4, 4])
+    """
+    rng = np.random.default_rng(seed)
+    if block is None:
+        return rng.multinomial(count, np.full(count, 1 / count), size=draws).astype(float)
+    labels, index = np.unique(block, return_inverse=True)
+    times = rng.multinomial(len(labels), np.full(len(labels), 1 / len(labels)), size=draws)
+    return times[:, index].astype(float)
+
+
+def bootstrap(
+    problem: Problem, phi: Array, *, draws: int = 400, seed: int = 0, block: Array | None = None
+) -> Bootstrap:
+    """Refits resampled runs from the optimum phi (F,); block labels (R,) keep runs of one curve together.
+
+    A draw fails if it holds fewer different runs than there are free parameters, or its fit does not converge.
+    """
+    if block is not None:
+        labels = len(np.unique(block))
+        check(labels >= 3, f"the block bootstrap needs at least 3 blocks, got {labels}")
+    times = resamples(len(problem.y), draws, seed, block)
+    enough = (times > 0).sum(-1) >= len(phi)
+    phis, value, done, _ = refit(
+        problem, np.repeat(phi[None], enough.sum(), 0), times[enough] * problem.weights
+    )
+    p = problem.parameters(phis)
+    good = done & np.isfinite(value) & np.isfinite(p).all(-1)
+    return Bootstrap(p[good], "case" if block is None else "block", draws, draws - int(good.sum()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Curvature:
+    """What the neighbourhood of an optimum says; matrices over the free coordinates phi."""
+
+    gauss_newton: Array  # (F, F)
+    sandwich: Array
+    cutoff: float  # rise of the objective at the end of a profile interval, per unit of the F quantile
+    dof: int
+
+
+def _seconds(problem: Problem, r: Array) -> Array:
+    """rho'' at each run; of a kink narrower than the residuals' spread, a window around 0 of that width."""
+    if problem.objective in ("mse", "log_mse"):
+        return np.full_like(r, 2.0)
+    delta = problem.delta if problem.objective == "huber" else 0.0
+    width = max(delta, 1.4826 * float(np.median(np.abs(r))) * len(r) ** -0.2, 1e-300)
+    return (np.abs(r) <= width) * (delta if problem.objective == "huber" else 1.0) / width
+
+
+def curvature(problem: Problem, phi: Array) -> Curvature:
+    """Gauss-Newton and sandwich covariance of phi, and the scale of the profile's cut-off.
+
+    Coordinates at a bound have no variance; a direction that no run constrains has a large one, never none.
+    """
+    r, jac = problem.residuals(phi)
+    # The smoothed LAD has psi = sign(r) but on the F residuals that it makes vanish.
+    delta = problem.delta if problem.objective != "lad" else 1e-9
+    psi = rho(problem.objective, r, delta)[1]
+    w = problem.weights
+    dof = max(len(r) - len(phi), 1)
+    seconds = _seconds(problem, r)
+    m = max(float(np.average(seconds, weights=w)), float(seconds.max()) / len(r), 1e-300)
+    k = 1 + len(phi) / len(r) * float(np.average((seconds - m) ** 2, weights=w)) / m**2
+    s2 = float(np.sum(w * psi**2)) / dof
+    inside = (phi > problem.lower) & (phi < problem.upper)
+    j = jac[:, inside]
+    scale = np.maximum(np.linalg.norm(j * np.sqrt(w)[:, None], axis=0), 1e-300)
+    j = j / scale
+
+    def invert(each: Array) -> Array:
+        values, vectors = np.linalg.eigh(j.T @ ((w * each)[:, None] * j))
+        return (vectors / np.maximum(values, 1e-14 * values.max())) @ vectors.T
+
+    # A window around 0 that holds too few runs to span all directions is widened by the mean.
+    bread = invert(seconds + 1e-3 * m)
+    meat = j.T @ ((w * psi)[:, None] ** 2 * j)
+    outer = scale[:, None] * scale[None, :]
+    full = np.zeros((2, len(phi), len(phi)))
+    where = np.ix_(inside, inside)
+    full[0][where] = k**2 * s2 / m**2 * invert(np.ones_like(r)) / outer
+    full[1][where] = k**2 * bread @ meat @ bread * len(r) / dof / outer
+    return Curvature(full[0], full[1], k**2 * s2 / (2 * m), dof)
+
+
+def parameter_jacobian(problem: Problem, phi: Array, of: Callable[[Array], Array]) -> Array:
+    """d of(parameters) / d phi by central differences; `of` maps (..., P) to (..., K)."""
+    step = 1e-6 * np.maximum(np.abs(phi), 1.0)
+    moved = np.concatenate([phi + np.diag(step), phi - np.diag(step)])
+    values = of(problem.parameters(moved))
+    count = len(phi)
+    return ((values[:count] - values[count:]) / (2 * step)[:, None]).T
+
+
+def delta_interval(estimate: float, error: float, dof: int, level: float, positive: bool) -> list[float]:
+    """Estimate -+ t error; of a positive scale on its logarithm (`error` is then that of the logarithm)."""
+    t = float(stats.t.ppf((1 + level) / 2, dof))
+    if not positive:
+        return [estimate - t * error, estimate + t * error]
+    with np.errstate(over="ignore"):
+        return [float(estimate * np.exp(-t * error)), float(estimate * np.exp(t * error))]
+
+
+def percentile_interval(draws: Array, level: float, count: int, free: int) -> list[float]:
+    """The expanded percentile interval of draws (S,) from `count` runs and `free` parameters."""
+    dof = max(count - free, 1)
+    z = np.sqrt(count / dof) * stats.t.ppf((1 + level) / 2, dof)
+    tail = float(stats.norm.cdf(-z))
+    low, high = np.quantile(draws, [tail, 1 - tail])
+    return [float(low), float(high)]
+
+
+def profile(
+    problem: Problem, phi: Array, name: str, error: float, rise: float
+) -> tuple[dict[str, list[float] | float], Array]:
+    """The best objective at fixed values of one parameter, and the range where it rises by less than `rise`.
+
+    Walks from the optimum to either side in growing multiples of `error` (the standard error of the parameter's
+    coordinate), every refit from the one before, until it is past twice the cut-off, a bound, or 512 errors; there
+    the interval is open and ends with the grid.
+
+    Returns:
+      grid (values of the parameter), value (objective), interval, cutoff; and the best phi found on the way.
+    """
+    law = problem.law
+    index = law.names.index(name)
+    less, unit, kept = problem.pinned(index)
+    centre = float(problem.coordinates(phi)[index])
+    best = float(objective_value(problem, problem.residuals(phi)[0]))
+    low, high = _range(problem, law, name)
+    error = min(error if np.isfinite(error) and error > 0 else WIDEST, WIDEST)
+
+    def at(z: float, start: Array) -> tuple[float, Array]:
+        offset = less.offset + unit * z
+        if not len(kept):
+            r = less.residuals(np.zeros((1, 0)), offset[None])[0]
+            return float(objective_value(less, r)[0]), start
+        found, value, _, _ = refit(less, start[None], offset=offset[None])
+        return float(value[0]), found[0]
+
+    zs, values, ends = [centre], [best], []
+    best_phi, best_value = phi, best
+    for sign, bound in ((-1.0, low), (1.0, high)):
+        start, inner = phi[kept], (centre, best)
+        end = None
+        for step in STEPS:
+            z = centre + sign * step * error
+            stop = (z <= bound) if sign < 0 else (z >= bound)
+            z = bound if stop else z
+            value, start = at(z, start)
+            if not np.isfinite(value):
+                break
+            zs.append(z)
+            values.append(value)
+            if value < best_value - 1e-9 * abs(best):
+                best_value = value
+                best_phi = problem.free(less.coordinates(start, less.offset + unit * z))
+            if end is None and value > best + rise:
+                end = _crossing(at, inner, (z, value), start, best, rise)
+            inner = (z, value)
+            if stop or value > best + 4 * rise:
+                break
+        ends.append(inner[0] if end is None else end)
+    order = np.argsort(zs)
+    to_public = (lambda z: np.exp(z)) if name in law.logs else (lambda z: z)
+    told = {
+        "grid": [float(to_public(zs[i])) for i in order],
+        "value": [values[i] for i in order],
+        "interval": [float(to_public(end)) for end in ends],
+        "cutoff": best + rise,
+    }
+    return told, best_phi
+
+
+def _range(problem: Problem, law: Law, name: str) -> tuple[float, float]:
+    """Bounds of a coordinate: those of phi where it is a coordinate of its own, else none."""
+    row = problem.basis[law.names.index(name)]
+    own = np.flatnonzero(row)
+    if len(own) == 1 and row[own[0]] == 1 and problem.offset[law.names.index(name)] == 0:
+        return float(problem.lower[own[0]]), float(problem.upper[own[0]])
+    return -np.inf, np.inf
+
+
+def _crossing(at: Callable, inner: tuple, outer: tuple, start: Array, best: float, rise: float) -> float:
+    """Where the objective has risen by `rise`: regula falsi on its root, which is nearly straight."""
+
+    def height(value: float) -> float:
+        return np.sqrt(max(value - best, 0.0)) - np.sqrt(rise)
+
+    (a, fa), (b, fb) = (inner[0], height(inner[1])), (outer[0], height(outer[1]))
+    for _ in range(6):
+        if abs(fb - fa) < 1e-12 or abs(b - a) < 1e-9 * max(abs(a), abs(b)):
+            break
+        z = a - fa * (b - a) / (fb - fa)
+        value, start = at(z, start)
+        f = height(value)
+        if abs(f) < 1e-4 * np.sqrt(rise):
+            return float(z)
+        if f > 0:
+            b, fb = z, f
+        else:
+            a, fa = z, f
+    return float(a - fa * (b - a) / (fb - fa)) if fb != fa else float(b)

@@ -1,0 +1,436 @@
+"""Plans of sweeps: every cell counted, checked and priced before anything runs, and kept in `S/plan.json`.
+
+S/plan.json         {"format": 1, "plans": {NAME: {"config", "hash", "cells", "notes"}}}
+S/runs/<id>/        the run directory of a cell; id = first 12 hex digits of its config's hash
+S/calibration.json  measured speed of this machine
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxlm.config import RunConfig, build, canonical_json, diff, identity, to_dict
+from jaxlm.data.loader import DataConfig, Dataset, Loader, make_dataset
+from jaxlm.data.shards import INDEX
+from jaxlm.data.tokenizer import check_vocabulary, load_tokenizer
+from jaxlm.errors import UserError, check
+from jaxlm.optim import make_schedule
+from jaxlm.scaling import record
+from jaxlm.scaling.counting import count
+from jaxlm.sweep import chips
+from jaxlm.sweep.grids import Draft, GridConfig, expand
+from jaxlm.sweep.shapes import describe_shape
+from jaxlm.sweep.store import open_store
+from jaxlm.train.run import Plan as Need
+from jaxlm.train.run import plan as plan_run
+from jaxlm.train.rundir import RunLock, probe_writable
+
+FORMAT = 1
+FILE = "plan.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepConfig:
+    """A sweep: the run that every cell starts from, and what varies."""
+
+    run: RunConfig = dataclasses.field(default_factory=RunConfig)
+    grid: GridConfig = dataclasses.field(default_factory=GridConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run of a plan."""
+
+    id: str  # first 12 hex digits of config_hash(config): the folder in S/runs
+    plan: str  # name of the plan
+    role: str  # grid | tune | holdout | seed | trunk | branch
+    config: RunConfig
+    budget: float  # training FLOPs asked for; 0 if the grid asks for none
+    flops: float  # exact training FLOPs of all its tokens
+    tokens: int  # steps * B * T, those of the trunk below a branch included
+    steps: int  # updates, those of the trunk included
+    counts: Mapping[str, Any]  # counting.Counts as a dict
+    parent: str = ""  # id of the trunk that it starts from
+    branch_step: int = 0  # updates of the trunk before the branch
+    labels: Mapping[str, float | int | str] = dataclasses.field(default_factory=dict)  # what the grid varied
+    warnings: tuple[str, ...] = ()
+    unique_tokens: int = 0  # targets of one epoch of the training data
+    epochs: float = 0.0  # passes over the training data
+    memory_bytes: int = 0  # per device, estimated
+    seconds: float = 0.0  # estimated, of the steps that are its own; 0 = not known
+
+    @property
+    def own_flops(self) -> float:
+        """Training FLOPs that this run spends itself: a branch is charged from where it leaves its trunk."""
+        return self.flops * (self.steps - self.branch_step) / self.steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The cells of one grid."""
+
+    name: str
+    config: SweepConfig
+    hash: str  # of the config, without what only concerns execution, and of the ids of the cells
+    cells: tuple[Cell, ...]
+    notes: tuple[str, ...] = ()  # what holds of the whole grid
+
+
+@dataclasses.dataclass(frozen=True)
+class Hardware:
+    """What a plan is priced for."""
+
+    chip: chips.Chip | None = None  # None = this machine
+    count: int = 1  # chips that train one run
+    mfu: float = 0.0  # share of the chip's peak; 0 = its assumed one
+    gflops: float = 0.0  # sustained GFLOP/s of a run, in place of chip and measurement
+    price: float = 0.0  # of an hour of one chip (of this machine)
+    measure: bool = True  # time this machine where neither chip nor gflops is given
+
+
+# ------------------------------------------------------------------------------------------------ the plan
+
+
+def make_plan(
+    config: SweepConfig,
+    workdir: str | Path,
+    name: str = "grid",
+    *,
+    hardware: Hardware | None = None,
+    dry_run: bool = False,
+) -> Plan:
+    """Every run of a sweep with its counts, epochs, memory, estimated time and warnings.
+
+    Args:
+        config: the base run and the grid.
+        workdir: S, a path or a URL; token shards of raw text go to S/runs/data_cache, where the runs look.
+        name: of the plan; a sweep directory may hold several.
+        hardware: what to price it for; default this machine.
+        dry_run: leave no file behind.
+
+    Raises:
+        UserError: a grid that cannot be filled; a run that reads its data more than once without
+            grid.allow_epochs; no eval set; whatever `jaxlm train` would refuse before its first step.
+    """
+    hardware, grid, store = hardware or Hardware(), config.grid, open_store(workdir)
+    check(name.isidentifier(), f"--name={name!r}: letters, digits and underscores, please")
+    drafts = expand(config.run, grid, _center(grid, store.pull(grid.center_fit)) if grid.center_fit else None)
+    check(
+        all(draft.config.data.eval for draft in drafts),
+        "run.data.eval names no files: all runs of a sweep are scored on one held-out set",
+    )
+    for cfg in (draft.config for draft in drafts):  # warm-up and cooldown must fit in every run
+        make_schedule(cfg.optim, cfg.train.num_steps, cfg.data.batch_size * cfg.data.seq_len)
+    devices = hardware.count * hardware.chip.devices if hardware.chip else None
+    needs = {key: plan_run(_probe(d.config), num_devices=devices) for key, d in _shapes(drafts)}
+    with _datasets(drafts, store.folder, dry_run) as datasets:
+        epochs, unique, held_out = zip(*[_epochs(d.config, datasets) for d in drafts], strict=True)
+        _check_epochs(drafts, epochs, unique, grid.allow_epochs)
+        seconds = _clock(drafts, hardware, store.folder, dry_run)
+    cells = []
+    for i, draft in enumerate(drafts):
+        cfg, counts = draft.config, count(draft.config.model, draft.config.data.seq_len)
+        steps, need = cfg.train.num_steps, needs[_shape_key(cfg)]
+        tokens = steps * cfg.data.batch_size * cfg.data.seq_len
+        cell = Cell(
+            id=draft.id,
+            plan=name,
+            role=draft.role,
+            config=cfg,
+            budget=draft.budget,
+            flops=counts.flops_train * tokens,
+            tokens=tokens,
+            steps=steps,
+            counts=counts.to_dict(),
+            parent=draft.parent,
+            branch_step=draft.branch_step,
+            labels=dict(draft.labels),
+            unique_tokens=unique[i],
+            epochs=epochs[i],
+            memory_bytes=need.memory.total,
+        )
+        took = seconds(need, cell.own_flops, steps - cell.branch_step, held_out[i])
+        warnings = tuple(_warnings(cell, need, hardware))
+        cells.append(dataclasses.replace(cell, seconds=took, warnings=warnings))
+    sha256 = _plan_hash(config, [cell.id for cell in cells])
+    return Plan(name, config, sha256, tuple(cells), tuple(_notes(config, cells)))
+
+
+def _plan_hash(config: SweepConfig, ids: Sequence[str]) -> str:
+    """The ids are in it because a config may name a file: a refitted center_fit gives other cells."""
+    tree = {"run": identity(config.run), "grid": to_dict(config.grid), "cells": list(ids)}
+    return hashlib.sha256(canonical_json(tree).encode()).hexdigest()
+
+
+def _center(grid: GridConfig, path: Path) -> Callable[[float], float]:
+    """Budget -> N* of the fit, which must count sizes and FLOPs as the grid does."""
+    fit = record.load_fit(path)
+    columns = fit.data.get("columns", {})
+    for role, ours in (("N", grid.size_by), ("C", "flops_exact")):
+        theirs = columns.get(role, ours)
+        check(
+            theirs == ours,
+            f"{path} was fitted with {role}={theirs}, this grid has {role}={ours}: fit with --columns="
+            f"{role}={ours}" + (f", or set grid.size_by={theirs!r}" if role == "N" else ""),
+        )
+    return lambda budget: float(record.optimum(fit, budget)[0])
+
+
+def _shape_key(cfg: RunConfig) -> str:
+    """Equal for runs whose memory is equal."""
+    what = dict(model=to_dict(cfg.model), loss=to_dict(cfg.loss), mesh=to_dict(cfg.mesh))
+    what |= dict(B=cfg.data.batch_size, T=cfg.data.seq_len, M=cfg.train.microbatches)
+    return canonical_json(what | dict(optim=cfg.optim.name, ema=cfg.optim.ema > 0))
+
+
+def _shapes(drafts: Sequence[Draft]) -> list[tuple[str, Draft]]:
+    """The first run of every shape."""
+    return list({_shape_key(d.config): d for d in reversed(drafts)}.items())
+
+
+def _probe(cfg: RunConfig) -> RunConfig:
+    """The run without its schedule: what `train.run.plan` says of memory holds for all of one shape."""
+    return dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, warmup=0.0, cooldown=0.0))
+
+
+# ------------------------------------------------------------------------------------------------ its data
+
+
+@contextlib.contextmanager
+def _datasets(drafts: Sequence[Draft], workdir: Path, dry_run: bool) -> Iterator[dict[str, Any]]:
+    """Open (and, once, tokenise) the training and the eval data of every run, by `_data_key`."""
+    cache, found = workdir / "runs" / "data_cache", {}
+    with contextlib.ExitStack() as stack:
+        if dry_run:  # what is not tokenised yet is tokenised aside, and forgotten
+            aside = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            for folder in cache.glob("tokens-*"):
+                if (folder / INDEX).is_file():
+                    (aside / folder.name).symlink_to(folder.absolute(), target_is_directory=True)
+            cache = aside
+        for draft in drafts:
+            cfg = draft.config
+            tokenizer = load_tokenizer(cfg.data.tokenizer)
+            check_vocabulary(tokenizer, cfg.model.vocab_size)
+            for split in ("train", "eval"):
+                if (key := _data_key(cfg.data, split)) not in found:
+                    data = dataclasses.replace(cfg.data, cache_dir="") if dry_run else cfg.data
+                    found[key] = make_dataset(data, tokenizer, cache_dir=cache, split=split)
+        yield found
+
+
+def _data_key(data: DataConfig, split: str) -> str:
+    """Equal for runs that read one dataset."""
+    names = ("tokenizer", "text_key", "seq_len", "packing", "cache_dir")
+    names += ("train", "seed") if split == "train" else ("eval", "eval_tokens")
+    return split + canonical_json({name: getattr(data, name) for name in names})
+
+
+def _epochs(cfg: RunConfig, datasets: Mapping[str, Dataset]) -> tuple[float, int, int]:
+    """Passes over the source that is read most, unique targets of all of them, and eval tokens."""
+    train, held_out = (datasets[_data_key(cfg.data, split)] for split in ("train", "eval"))
+    passes = Loader(train, cfg.data).epochs(cfg.train.num_steps)
+    return max(passes.values()), train.num_tokens, held_out.num_tokens
+
+
+def _check_epochs(
+    drafts: Sequence[Draft], epochs: Sequence[float], unique: Sequence[int], allowed: bool
+) -> None:
+    over = [i for i, e in enumerate(epochs) if e > 1]
+    if over and not allowed:
+        worst = max(over, key=lambda i: epochs[i])
+        cfg = drafts[worst].config
+        tokens = cfg.train.num_steps * cfg.data.batch_size * cfg.data.seq_len
+        raise UserError(
+            f"{len(over)} of {len(drafts)} runs read their data more than once; the worst, "
+            f"{describe_shape(cfg.model)}, has {tokens:,} tokens where {cfg.data.train!r} has "
+            f"{unique[worst]:,} ({epochs[worst]:.2f} epochs). No single-epoch law holds for them: take "
+            "more text, larger models or smaller budgets, or set grid.allow_epochs=True and fit a law that "
+            "knows unique tokens"
+        )
+
+
+# ----------------------------------------------------------------------------------------------- its price
+
+
+def _clock(drafts: Sequence[Draft], hardware: Hardware, workdir: Path, dry_run: bool) -> Callable[..., float]:
+    """(need, own FLOPs, own steps, eval tokens) -> estimated seconds, 0 = not known."""
+    if hardware.gflops:
+        return lambda need, flops, steps, held_out: flops / (hardware.gflops * 1e9)
+    if (chip := hardware.chip) is not None:
+        return lambda need, flops, steps, held_out: chips.chip_seconds(
+            chip, _devices(need), hardware.mfu, flops=flops, steps=steps, memory=need.memory
+        )
+    timings: list[chips.Timing] = []
+    if hardware.measure:
+        path = None if dry_run else workdir / "calibration.json"
+        timings = chips.calibrate([draft.config for draft in drafts], path)
+
+    def measured(need: Need, flops: float, steps: int, held_out: int) -> float:
+        sizes = dict(flops_per_token=need.counts.flops_train, flops=flops, eval_tokens=held_out)
+        return chips.run_seconds(timings, **sizes) if timings else 0.0
+
+    return measured
+
+
+def _devices(need: Need) -> int:
+    """Devices that the mesh of a run takes; it may leave others idle."""
+    return math.prod(need.mesh_shape.values())
+
+
+# -------------------------------------------------------------------------------------- what to be warned of
+
+
+def _warnings(cell: Cell, need: Need, hardware: Hardware) -> Iterator[str]:
+    """What is known to bend a scaling law, and what will not run."""
+    cfg, optim, batch = cell.config, cell.config.optim, cell.config.data.batch_size * cell.config.data.seq_len
+    unit = {"steps": 1.0, "tokens": 1.0 / batch, "fraction": float(cell.steps)}[optim.warmup_unit]
+    warm = optim.warmup * unit
+    if warm > math.ceil(0.1 * cell.steps):
+        share = f"{warm / cell.steps:.0%} of the run"
+        yield f"the warm-up takes {share}: more than a tenth bends the fit (Porian 2024)"
+    if cell.role != "trunk" and (optim.schedule in ("constant", "inverse_sqrt") or optim.final > 0.1 + 1e-9):
+        yield f"optim.schedule={optim.schedule!r} does not decay to a tenth or less: no run of its own length"
+    if batch > cell.counts["n_total"]:
+        yield f"a batch of {batch:,} tokens is larger than the model ({cell.counts['n_total']:,} parameters)"
+    if cell.steps < 300:
+        yield f"{cell.steps} step(s): fewer than 300 are mostly warm-up and noise; lower data.batch_size"
+    if optim.name == "adamw" and optim.b2 <= 0.95 and cfg.data.batch_size <= 128:
+        yield f"optim.b2={optim.b2:g} is too low for {cfg.data.batch_size} rows (Porian 2024): .99 or so"
+    if cell.epochs > 1:
+        yield f"{cell.epochs:.2f} epochs: no point of a single-epoch law"
+    if (chip := hardware.chip) is not None:
+        needed, room = need.memory.total, chip.memory / chip.devices
+        if needed > room:
+            shortage = f"needs {needed / 1e9:.1f} GB a device, which has {room / 1e9:.0f} GB"
+            yield f"{shortage}: raise --num_chips and mesh.fsdp, or set model.remat"
+        if _devices(need) < hardware.count * chip.devices:
+            yield f"the mesh takes {_devices(need)} of {hardware.count * chip.devices} devices: the rest idle"
+
+
+def _notes(config: SweepConfig, cells: Sequence[Cell]) -> Iterator[str]:
+    """What holds of the grid as a whole."""
+    grid, points = config.grid, [cell for cell in cells if cell.role in ("grid", "branch", "seed")]
+    if not points:
+        return
+    sizes = {cell.counts["n_total"]: cell for cell in points}
+    if len(sizes) > 1 and grid.lr_rule == "fixed" and not grid.lrs and not grid.lr_exponent:
+        yield (
+            "one learning rate for all sizes: an untuned sweep bends the curve; set grid.lr_rule or "
+            "grid.lr_exponent, or tune per size with grid.lrs"
+        )
+    if grid.kind == "isoflop":
+        rows = {b: {c.counts["n_total"] for c in points if c.budget == b} for b in grid.budgets}
+        thin = [f"{budget:g}" for budget, row in rows.items() if len(row) < 4]
+        if thin:
+            yield f"fewer than 4 sizes at {', '.join(thin)} FLOPs: a parabola and its error need 4"
+        if len(grid.budgets) < 3:
+            yield f"{len(grid.budgets)} budget(s): a line over budgets and its error need 3"
+    if not any(cell.role == "seed" for cell in cells) and "seed" not in str(grid.product):
+        yield "no run is repeated with another seed: the noise of the loss will not be measured (grid.seeds)"
+    smallest = sizes[min(sizes)]
+    tables = 1 - smallest.counts["n_non_embedding"] / smallest.counts["n_total"]
+    if tables > 0.2:
+        yield (
+            f"embedding and head are {tables:.0%} of the smallest model: exponents depend on what is counted "
+            "as N and C, so report the convention"
+        )
+    held_out = {_data_key(cell.config.data, "eval") for cell in cells}
+    if len(held_out) > 1:
+        yield "the runs are not all scored on the same eval rows: losses compare in bits per byte at best"
+
+
+# -------------------------------------------------------------------------------------------------- on disk
+
+
+def run_dir(workdir: str | Path, cell: Cell) -> Path:
+    """Where the cell trains."""
+    return Path(workdir) / "runs" / cell.id
+
+
+def save_plan(workdir: str | Path, plan: Plan) -> None:
+    """Add `plan` to `S/plan.json`, whole or not at all.
+
+    Raises:
+        UserError: a plan of that name with another hash is there; the message has the difference.
+    """
+    store = open_store(workdir)
+    probe_writable(store.folder)
+    with RunLock(store.folder):  # two plans at once must not lose each other
+        plans = {} if store.read(FILE) is None else load_plans(workdir)
+        old = plans.get(plan.name)
+        if old is not None and old.hash != plan.hash:
+            raise UserError(
+                f"{workdir}/{FILE} holds a plan {plan.name!r} with another grid; choose another --name or "
+                "--workdir, or go back:\n" + "\n".join(f"  {line}" for line in _difference(old, plan))
+            )
+        plans[plan.name] = plan
+        tree = {"format": FORMAT, "plans": {name: _plain(p) for name, p in plans.items()}}
+        store.write(FILE, (json.dumps(tree, indent=1, allow_nan=False) + "\n").encode())
+
+
+def _difference(old: Plan, new: Plan) -> list[str]:
+    """Fields that differ, and what only one of the two plans has."""
+    lines = [
+        *diff(identity(old.config.run), identity(new.config.run)),
+        *(f"grid.{line}" for line in diff(old.config.grid, new.config.grid)),
+    ]
+    for sign, these, those in (("-", old.cells, new.cells), ("+", new.cells, old.cells)):
+        gone = [cell for cell in these if cell.id not in {other.id for other in those}]
+        lines += [f"{sign} {cell.id} {describe_shape(cell.config.model)}" for cell in gone[:4]]
+        lines += [f"{sign} and {len(gone) - 4} more runs"] if len(gone) > 4 else []
+    return lines
+
+
+def _plain(plan: Plan) -> dict[str, Any]:
+    tree = dataclasses.asdict(plan)
+    return {key: tree[key] for key in ("config", "hash", "cells", "notes")}
+
+
+def load_plans(workdir: str | Path) -> dict[str, Plan]:
+    """The plans of a sweep directory by name, in the order in which they were made.
+
+    Raises:
+        UserError: no plan is there, or the file is damaged or of another format.
+    """
+    data, path = open_store(workdir).read(FILE), f"{workdir}/{FILE}"
+    check(data is not None, f"{workdir} is no sweep directory: it has no {FILE}; `jaxlm plan` makes it")
+    try:
+        tree = json.loads(data)
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error})") from None
+    found = tree.get("format") if isinstance(tree, dict) else None
+    check(found == FORMAT, f"{path} has format {found}, this version reads {FORMAT}")
+    plans = {}
+    for name, plan in tree["plans"].items():
+        config = build(plan["config"], SweepConfig)
+        cells = tuple(_cell(cell) for cell in plan["cells"])
+        plans[name] = Plan(name, config, plan["hash"], cells, tuple(plan["notes"]))
+    return plans
+
+
+def _cell(tree: Mapping[str, Any]) -> Cell:
+    config, warnings = build(tree["config"], RunConfig), tuple(tree["warnings"])
+    return Cell(**{**tree, "config": config, "warnings": warnings})
+
+
+def all_cells(plans: Mapping[str, Plan]) -> list[Cell]:
+    """Every run once, trunks before their branches.
+
+    A run of two plans is that of the earlier one; a trunk keeps the checkpoints that any plan branches from.
+    """
+    found: dict[str, Cell] = {}
+    for plan in plans.values():
+        for cell in plan.cells:
+            old = found.setdefault(cell.id, cell)
+            if steps := set(cell.config.train.save_steps) - set(old.config.train.save_steps):
+                kept = tuple(sorted(steps.union(old.config.train.save_steps)))
+                train = dataclasses.replace(old.config.train, save_steps=kept)
+                config = dataclasses.replace(old.config, train=train)
+                found[cell.id] = dataclasses.replace(old, config=config)
+    return sorted(found.values(), key=lambda cell: cell.role == "branch")

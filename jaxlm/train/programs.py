@@ -1,0 +1,151 @@
+"""The compiled programs of a run: fresh state, training step, evaluation step.
+
+Runs of one shape share them. What differs between such runs (seed, learning rate, schedule, number of steps,
+weight decay, beta2) is an argument of the step and no constant in it: the persistent cache then holds one
+program for all of them, and within a process not even its tracing is done again.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxlm.evaluate import EvalStep, make_eval_step
+from jaxlm.model import transformer
+from jaxlm.model.parametrization import optimizer_options
+from jaxlm.objectives.lm import LossConfig, make_lm_objective
+from jaxlm.optim import OptimConfig, make_optimizer, make_schedule
+from jaxlm.sharding import Layout, MeshConfig, make_mesh
+from jaxlm.train.state import Params, TrainState, abstract_state, state_program
+from jaxlm.train.step import Batch, Objective, make_step
+
+Numbers = Mapping[str, Any]  # 'lr' of one update, 'weight_decay', 'b2'
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A transformer as the objective sees it."""
+
+    cfg: transformer.TransformerConfig
+
+    def apply(self, params: Any, batch: Batch, key: Any) -> tuple[jax.Array, dict[str, Any]]:
+        """Hidden states and auxiliary values."""
+        segments, positions = batch["segments"], batch["positions"]
+        hidden_BTD, _, aux = transformer.apply(
+            self.cfg, params, batch["tokens"], segments_BT=segments, positions_BT=positions, key=key
+        )
+        return hidden_BTD, aux
+
+    def unembed(self, params: Any, hidden_BTD: jax.Array) -> jax.Array:
+        """Logits."""
+        return transformer.unembed(self.cfg, params, hidden_BTD)
+
+
+def optimizer_of(
+    model: transformer.TransformerConfig,
+    optim: OptimConfig,
+    schedule: Callable[[Any], Float[Array, ""]],
+    numbers: Mapping[str, Any] | None = None,
+) -> Any:
+    """The optimizer of a run: `make_optimizer` with what the model's parametrisation asks for."""
+    return make_optimizer(optim, schedule, numbers=numbers, **optimizer_options(model, optim))
+
+
+def learning_rates(optim: OptimConfig, num_steps: int, tokens_per_step: int) -> Float[np.ndarray, " steps"]:
+    """The learning rate of every update of a run, before multipliers.
+
+    Raises:
+        UserError: warm-up and cooldown do not fit in the run.
+    """
+    schedule = make_schedule(optim, num_steps, tokens_per_step)
+    return np.asarray(jax.jit(schedule)(np.arange(num_steps, dtype=np.int32)), np.float32)
+
+
+def numbers_of(optim: OptimConfig, rates: Float[np.ndarray, " steps"], n: int) -> Numbers:
+    """What the step that follows `n` others is given beside its batch."""
+    return {"lr": rates[n], "weight_decay": np.float32(optim.weight_decay), "b2": np.float32(optim.b2)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The functions that the device runs, jitted; trace them (call them first) under `sharding.use`."""
+
+    target: TrainState  # of `ShapeDtypeStruct`s with shardings
+    new_state: Callable[[int], tuple[TrainState, Params | None]]  # from the seed
+    step: Callable[[TrainState, None, tuple[Batch, Numbers]], tuple[TrainState, dict]]  # donates the state
+    eval_step: EvalStep
+    objective: Objective  # what the step minimises
+
+
+def shape_of(optim: OptimConfig) -> OptimConfig:
+    """The optimizer without what the step is given as numbers: equal for runs that share their programs."""
+    free = ("lr", "schedule", "final", "warmup", "warmup_unit", "cooldown", "cooldown_shape")
+    default = OptimConfig()
+    return dataclasses.replace(
+        optim, **{name: getattr(default, name) for name in (*free, "weight_decay", "b2")}
+    )
+
+
+def programs(
+    model: transformer.TransformerConfig,
+    loss: LossConfig,
+    optim: OptimConfig,
+    mesh: MeshConfig,
+    *,
+    microbatches: int,
+    token_bytes: Float[np.ndarray, " V"] | None,
+) -> Programs:
+    """The programs of a run, those of an earlier run in this process if they are the same.
+
+    Args:
+        model, loss, optim: the run's.
+        mesh: where it runs, on the devices of this process.
+        microbatches: as for `make_step`.
+        token_bytes: bytes of text that each token stands for.
+
+    Raises:
+        UserError: a mesh that does not fit the machine or divide the model.
+    """
+    table = None if token_bytes is None else tuple(np.asarray(token_bytes, np.float32).tolist())
+    return _programs(model, loss, shape_of(optim), mesh, microbatches, table)
+
+
+@functools.lru_cache(maxsize=4)
+def _programs(
+    model_cfg: transformer.TransformerConfig,
+    loss: LossConfig,
+    optim: OptimConfig,
+    mesh: MeshConfig,
+    microbatches: int,
+    token_bytes: tuple[float, ...] | None,
+) -> Programs:
+    layout = Layout(make_mesh(mesh), mesh.table())
+    model, init = Model(model_cfg), partial(transformer.init, model_cfg)
+    token_bytes_V = None if token_bytes is None else np.asarray(token_bytes, np.float32)
+    objective = make_lm_objective(model, loss, token_bytes_V)
+    # Its rate is never asked for here: only the structure of its state.
+    optimizer = optimizer_of(model_cfg, optim, lambda count: 0.0)
+    where = dict(layout=layout, table=transformer.AXES)
+    target, _ = abstract_state(init, optimizer, **where)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
+    def step(state: TrainState, frozen: None, fed: tuple[Batch, Numbers]) -> tuple[TrainState, dict]:
+        batch, numbers = fed
+        traced = {name: x for name, x in numbers.items() if name != "lr"}
+        rated = optimizer_of(model_cfg, optim, lambda count: numbers["lr"], traced)
+        update = make_step(objective, rated, microbatches=microbatches, shardings=shardings)
+        return update(state, frozen, batch)
+
+    return Programs(
+        target=target,
+        new_state=state_program(init, optimizer, **where),
+        step=step,
+        eval_step=make_eval_step(model, loss, token_bytes_V),
+        objective=objective,
+    )

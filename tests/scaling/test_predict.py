@@ -1,0 +1,279 @@
+"""Intervals of N*, D*, L* at a budget, and the choice of the next runs."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+
+from jaxlm.errors import UserError
+from jaxlm.scaling.fit import run_fit
+from jaxlm.scaling.laws import get_law, to_coordinates
+from jaxlm.scaling.laws import optimum as law_optimum
+from jaxlm.scaling.lines import Refusal
+from jaxlm.scaling.optima import fit_isoflop
+from jaxlm.scaling.predict import (
+    candidates,
+    extrapolation,
+    loss_interval,
+    next_runs,
+    optima,
+    predict,
+    predict_command,
+    surface,
+)
+from jaxlm.scaling.problem import make_problem
+from jaxlm.scaling.record import optimum, predict_loss, save_fit
+from jaxlm.scaling.solve import refit
+from jaxlm.scaling.table import Points
+
+P = dict(E=1.8172, A=482.0, B=2085.0, alpha=0.35, beta=0.36)
+BUDGETS = np.geomspace(1e18, 1e20, 5)
+
+
+def loss(n, d, p=P):
+    return p["E"] + p["A"] * n ** -p["alpha"] + p["B"] * d ** -p["beta"]
+
+
+def best(c, p=P):
+    al, be = p["alpha"], p["beta"]
+    return (al * p["A"] / (be * p["B"])) ** (1 / (al + be)) * (c / 6) ** (be / (al + be))
+
+
+def sweep(noise=0.003, seed=0, budgets=BUDGETS, sizes=7, width=6.0):
+    c = np.repeat(budgets, sizes)
+    n = best(c) * np.exp(np.tile(np.linspace(-1, 1, sizes) * math.log(width), len(budgets)))
+    d = c / 6 / n
+    return Points(n, d, c, loss(n, d) * np.exp(np.random.default_rng(seed).normal(0, noise, len(n))))
+
+
+def fitted(points, draws=100, seed=0, **options):
+    options = dict(objective="log_mse", starts=4, profile=False) | options
+    return run_fit(points, "chinchilla", "surface", draws=draws, seed=seed, **options)
+
+
+@pytest.fixture(scope="module")
+def fit():
+    return fitted(sweep())
+
+
+@pytest.fixture(scope="module")
+def line():
+    return fit_isoflop(sweep(), draws=100)
+
+
+def test_a_surface_predicts_its_closed_form(fit):
+    c = 1e21
+    result = predict(fit, c)
+    n, d, low = (float(v) for v in optimum(fit, c))
+    assert result.N.value == pytest.approx(n, rel=1e-9)
+    assert result.D.value == pytest.approx(d, rel=1e-9)
+    assert result.L.value == pytest.approx(low, rel=1e-9)
+    assert result.tokens_per_param.value == pytest.approx(d / n, rel=1e-9)
+    assert result.N.value * result.D.value * 6 == pytest.approx(c, rel=1e-9)
+    for estimate in (result.N, result.D, result.L, result.L_law, result.tokens_per_param):
+        assert estimate.lo < estimate.value < estimate.hi
+    assert result.L.hi - result.L.lo > result.L_law.hi - result.L_law.lo
+    assert result.N.lo < best(c) < result.N.hi
+
+
+def test_a_line_predicts_itself(line):
+    c = 1e21
+    p = line.parameters
+    result = predict(line, c)
+    assert result.N.value == pytest.approx(math.exp(p["log_kN"]) * c ** p["a"])
+    assert result.D.value == pytest.approx(math.exp(p["log_kD"]) * c ** p["b"])
+    assert result.L.value == pytest.approx(p["E_L"] + math.exp(p["log_kL"]) * c ** -p["c"])
+    assert result.N.lo < best(c) < result.N.hi
+
+
+def test_the_curve_runs_from_the_smallest_compute_to_the_budget(fit):
+    curve = predict(fit, 1e21).curve
+    assert curve[0]["budget"] == pytest.approx(1e18)
+    assert curve[-1]["budget"] == pytest.approx(1e21)
+    for row in curve:
+        assert row["tokens_per_param"] == pytest.approx(row["D"] / row["N"])
+        assert row["tokens_per_param_lo"] < row["tokens_per_param"] < row["tokens_per_param_hi"]
+    widths = [math.log(row["N_hi"] / row["N_lo"]) for row in curve]
+    assert widths[-1] > min(widths)
+
+
+def test_a_wider_level_and_a_longer_reach_widen_the_interval(fit):
+    def width(c, level):
+        estimate = predict(fit, c, level).N
+        return math.log(estimate.hi / estimate.lo)
+
+    assert width(1e21, 0.8) < width(1e21, 0.95) < width(1e23, 0.95)
+
+
+def test_numeric_and_closed_optima_agree(fit):
+    """A data-constrained law with far more unique tokens than it needs is Chinchilla's."""
+    closed = optima(fit, 1e20)[0]
+    names = (*fit.names, "R_D", "R_N")
+    limits = {"R_D": 1e9, "R_N": 1e9}
+    constrained = dataclasses.replace(
+        fit,
+        law="data_constrained",
+        parameters=fit.parameters | limits,
+        names=names,
+        draws=[[*row, 1e9, 1e9] for row in fit.draws],
+    )
+    numeric = optima(constrained, 1e20, U=1e12)[0]
+    assert numeric == pytest.approx(closed, abs=1e-3)
+    with pytest.raises(UserError, match="U"):
+        optima(constrained, 1e20)
+
+
+def test_the_surface_of_the_estimate_and_of_the_draws(fit):
+    n, d = np.array([1e8, 1e9]), np.array([1e10, 1e10])
+    rows = surface(fit, n, d)
+    assert rows.shape == (101, 2)
+    assert rows[0] == pytest.approx(predict_loss(fit, n, d))
+    moved = dataclasses.replace(fit, parameters=dict(zip(fit.names, fit.draws[3], strict=True)))
+    assert rows[4] == pytest.approx(predict_loss(moved, n, d))
+
+
+def test_the_interval_of_a_held_out_run_holds_noise_and_law(fit):
+    one = loss_interval(fit, [1e8], [1e10])[0]
+    wide = loss_interval(dataclasses.replace(fit, sigma=10 * fit.sigma), [1e8], [1e10])[0]
+    assert one.lo < loss(1e8, 1e10) < one.hi
+    assert wide.hi - wide.lo > 5 * (one.hi - one.lo)
+    z = 1.96 * fit.sigma * one.value
+    assert one.hi - one.lo > 1.9 * z
+
+
+def test_extrapolation_is_named(fit):
+    assert extrapolation(fit, 1e19) == []
+    near, far = extrapolation(fit, 9e21)[0], extrapolation(fit, 1.1e22)[0]
+    assert (near["name"], near["level"]) == ("extrapolation", "note")
+    assert (far["name"], far["level"]) == ("extrapolation", "warning")
+    assert far["value"] == pytest.approx(110)
+    scarce = dataclasses.replace(fit, points=fit.points | {"U": [1e9] * len(fit.points["C"])})
+    assert [a["name"] for a in predict(scarce, 1e20).diagnostics] == ["multi_epoch"]
+
+
+def test_no_silent_number(fit, line):
+    with pytest.raises(Refusal) as caught:
+        predict(dataclasses.replace(fit, draws=[]), 1e21)
+    assert caught.value.name == "no_interval"
+    with pytest.raises(Refusal) as caught:
+        next_runs(line, 1e21)
+    assert caught.value.name == "no_surface"
+    with pytest.raises(Refusal) as caught:
+        next_runs(dataclasses.replace(fit, sigma=0.0), 1e21)
+    assert caught.value.name == "no_noise"
+    for budget in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(UserError, match="budget"):
+            predict(fit, budget)
+    with pytest.raises(UserError, match="level"):
+        predict(fit, 1e20, level=95.0)
+
+
+def test_draws_without_an_optimum_are_counted(fit):
+    draws = np.array(fit.draws)
+    draws[:7, fit.names.index("A")] = np.nan
+    result = predict(dataclasses.replace(fit, draws=draws.tolist()), 1e20)
+    assert result.draws == 93
+    assert "draws_without_optimum" in [a["name"] for a in result.diagnostics]
+
+
+# --- The next runs ---
+
+
+def test_next_runs_are_within_the_candidates_and_cut_the_variance(fit):
+    runs = next_runs(fit, 1e22, k=3)
+    choice = {(float(n), float(d)) for n, d in candidates(fit)}
+    assert len(runs) == 3
+    for run in runs:
+        assert (run.N, run.D) in choice
+        assert run.C == pytest.approx(6 * run.N * run.D)
+        largest = run.C / 1e20
+        assert largest <= 1 + 1e-9
+        assert 0 < run.reduction < 1
+        assert run.sd_after < run.sd_before
+    assert runs[1].sd_before == pytest.approx(runs[0].sd_after)
+    with pytest.raises(UserError, match="k="):
+        next_runs(fit, 1e22, k=0)
+    with pytest.raises(UserError, match="positive"):
+        next_runs(fit, 1e22, [(1e8, -1.0)])
+
+
+def test_the_update_is_that_of_linear_gaussian_estimation():
+    """Draws of a linear model: the formula is exact, and a candidate that says nothing gains nothing."""
+    fit = fitted(sweep())
+    rng = np.random.default_rng(0)
+    order = fit.names.index("E")
+    draws = np.tile([fit.parameters[n] for n in fit.names], (400, 1))
+    draws[:, order] *= np.exp(rng.normal(0, 0.01, 400))  # E alone is uncertain: it does not move N*
+    runs = next_runs(dataclasses.replace(fit, draws=draws.tolist()), 1e21, k=1)
+    assert runs[0].sd_before == pytest.approx(0, abs=1e-12)
+
+
+def spread_after(extra, trials, seed=0):
+    """Standard deviation of log N* over refits of the sweep and of the same with extra runs."""
+    rng = np.random.default_rng(seed)
+    base = sweep(noise=0.0)
+    n = np.r_[base.N, [r[0] for r in extra]]
+    d = np.r_[base.D, [r[1] for r in extra]]
+    law, out = get_law("chinchilla"), []
+    for _ in range(trials):
+        points = Points(n, d, 6 * n * d, loss(n, d) * np.exp(rng.normal(0, 0.003, len(n))))
+        problem = make_problem(points, "chinchilla", "log_mse")
+        truth = to_coordinates(law, np.array([P[name] for name in law.names]), problem.x)
+        phi = refit(problem, problem.free(truth)[None])[0]
+        found = dict(zip(law.names, problem.parameters(phi)[0], strict=True))
+        out.append(math.log(law_optimum(law, found, 1e22)[0]))
+    return float(np.std(out))
+
+
+@pytest.mark.slow
+def test_the_recommended_runs_cut_the_variance_by_what_was_promised():
+    fit = fitted(sweep(), draws=400)
+    promised = next_runs(fit, 1e22, k=3)
+    before = spread_after([], 300)
+    after = spread_after([(r.N, r.D) for r in promised], 300)
+    want = promised[-1].sd_after / promised[0].sd_before
+    assert after / before == pytest.approx(want, abs=0.15)
+    top = 1e20
+    centre = [(best(top), top / 6 / best(top))] * 3
+    assert after < 0.95 * spread_after(centre, 300)  # three more runs at the best size say less
+
+
+# --- The command ---
+
+
+def test_the_command_prints_a_table_and_json(fit, tmp_path, capsys):
+    path = save_fit(fit, tmp_path)
+    path = path if path is not None else tmp_path / "fit.json"
+    predict_command(path, 1e21, next_count=2)
+    text = capsys.readouterr().out
+    for word in ("N*, parameters", "tokens per parameter", "95% from", "variance removed", "extrapolation"):
+        assert word in text, word
+    predict_command(path, 1e21, next_count=1, as_json=True, level=0.9)
+    record = json.loads(capsys.readouterr().out)
+    assert record["budget"] == 1e21
+    assert record["N"]["lo"] < record["N"]["value"] < record["N"]["hi"]
+    assert len(record["next"]) == 1
+    assert len(record["curve"]) == 25
+
+
+# --- Coverage ---
+
+
+@pytest.mark.slow
+def test_intervals_at_ten_times_the_compute_cover():
+    """Over 200 made-up sweeps of 35 runs: N*, D* and the loss of a new run at 10x the largest compute."""
+    c = 10 * BUDGETS[-1]
+    truth = (best(c), c / 6 / best(c))
+    rng = np.random.default_rng(1)
+    hits = []
+    for seed in range(200):
+        result = predict(fitted(sweep(seed=seed), draws=120, seed=seed, starts=1), c)
+        run = loss(result.N.value, result.D.value) * math.exp(rng.normal(0, 0.003))
+        values = (*truth, run)
+        hits.append([e.lo < v < e.hi for e, v in zip((result.N, result.D, result.L), values, strict=True)])
+    share = np.mean(hits, 0)
+    print("coverage of N*, D*, loss at 10x:", share)
+    assert (share >= 0.92).all(), share
+    assert (share[:2] <= 0.985).all(), share

@@ -1,0 +1,94 @@
+"""The scaling lab from plan to report on a small sweep, command by command: the end of tools/quickstart.
+
+    python tools/scaling_smoke.py --workdir=runs/scaling     # minutes on two cores; goes on where it stopped
+
+Tunes the learning rate at one size, trains the fifteen models of experiments/scaling/smoke.py, fits in two
+ways, predicts the loss at four times the largest budget, trains that model, and says how far off it was.
+"""
+
+import argparse
+import csv
+import json
+import pathlib
+import shlex
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+EXPERIMENT = "experiments/scaling/smoke.py"
+
+
+def run(*words: str, quiet: bool = False) -> str:
+    """Prints a command, runs it in the repository, and returns what it printed if `quiet`."""
+    print("\n$ " + shlex.join(words), flush=True)
+    program = (
+        [sys.executable, "-m", "jaxlm", *words[1:]] if words[0] == "jaxlm" else [sys.executable, *words[1:]]
+    )
+    done = subprocess.run(
+        program, cwd=ROOT, stdout=subprocess.PIPE if quiet else None, text=True, check=False
+    )
+    if done.returncode:
+        sys.exit(done.returncode)
+    return done.stdout or ""
+
+
+def rows(workdir: str, role: str) -> list[dict[str, str]]:
+    """Finished runs of that role in the collected table."""
+    with (ROOT / workdir / "table.csv").open() as file:
+        return [row for row in csv.DictReader(file) if row["role"] == role and row["status"] == "finished"]
+
+
+def best_lr(workdir: str) -> float:
+    """The learning rate of the lowest loss, of all runs at the size that was tuned."""
+    with (ROOT / workdir / "table.csv").open() as file:
+        tuned = [row for row in csv.DictReader(file) if "tune" in row["plan"].split("+")]
+    best = min(tuned, key=lambda row: float(row["loss"]))
+    rates = sorted(float(row["lr"]) for row in tuned)
+    lr = float(best["lr"])
+    edge = " (at the grid's edge: the best may lie outside)" if lr in (rates[0], rates[-1]) else ""
+    print(f"best of {len(rates)} learning rates from {rates[0]:g} to {rates[-1]:g}: {lr:g}{edge}", flush=True)
+    return lr
+
+
+def main() -> None:
+    """Parses the flags and runs the chain."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workdir", default="runs/scaling", help="sweep directory")
+    workdir = parser.parse_args().workdir
+    here = f"--workdir={workdir}"
+
+    run("python", "tools/corpus.py", "--source=library", "--out=data/library", quiet=True)
+    run("jaxlm", "plan", f"--config={EXPERIMENT}:tune", here, "--name=tune")
+    run("jaxlm", "sweep", here, "--name=tune", "--vectorize=8")
+    run("jaxlm", "collect", here)
+    lr = f"--config.run.optim.lr={best_lr(workdir):g}"
+
+    run("jaxlm", "plan", f"--config={EXPERIMENT}", here, lr)
+    run("jaxlm", "sweep", here, "--workers=2")
+    run("jaxlm", "collect", here)
+    table, fits = f"--table={workdir}/table.csv", f"{workdir}/fits"
+    run("jaxlm", "fit", table, "--method=surface", "--tie=alpha=beta", f"--out={fits}/surface")
+    run("jaxlm", "fit", table, "--method=parabola", f"--out={fits}/parabola")
+
+    run("jaxlm", "plan", f"--config={EXPERIMENT}:holdout", here, "--name=holdout", lr)
+    run("jaxlm", "sweep", here, "--name=holdout")
+    run("jaxlm", "collect", here)
+    (measured,) = rows(workdir, "holdout")
+    budget = f"--budget={float(measured['flops_exact']):.6g}"
+    told = run("jaxlm", "predict", f"--fit={fits}/surface/fit.json", budget, "--json", quiet=True)
+    run("jaxlm", "report", here)
+
+    loss, predicted = float(measured["loss"]), json.loads(told)["L"]
+    inside = "inside" if predicted["lo"] <= loss <= predicted["hi"] else "OUTSIDE"
+    print(
+        f"\nat {float(measured['flops_exact']):.3g} FLOPs: predicted {predicted['value']:.4f} nats per byte "
+        f"(95% {predicted['lo']:.4f} to {predicted['hi']:.4f}), measured {loss:.4f}: "
+        f"{100 * (predicted['value'] / loss - 1):+.2f}%, {inside} the interval\n"
+        f"report: {workdir}/report.html"
+    )
+
+
+if __name__ == "__main__":
+    main()
