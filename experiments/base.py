@@ -43,6 +43,12 @@ def get_config(size: str = "full") -> ConfigDict:
     model.dropout = 0.0  # of the embeddings and of each branch before it is added
     model.causal = True  # False: every position sees its whole segment
     model.init_std = 0.02  # of weights; 0 = fan_in ** -0.5
+    # standard | mup | completep: how a wider or deeper model differs
+    model.parametrization = "standard"
+    model.base_width = 0  # mup, completep: model_dim of the model that lr and init_std were tuned on
+    model.base_depth = 0  # completep: num_layers of that model
+    # mup, completep: its head_dim; 0 = attention.head_dim (width adds heads)
+    model.base_head_dim = 0
     model.scan = True  # lax.scan over the layers, or an unrolled loop
     model.remat = "none"  # none | minimal | full: name in jaxlm.stack.REMAT
     model.dtype = "float32"  # operands of products, and activations

@@ -1,42 +1,36 @@
 """From points to a fitted law: `run_fit`, and `fit_command` behind `jaxlm fit`.
 
 This module stands to the right of the methods, the diagnostics and the figures; what those need of a fit
-(`Fit`, `save_fit`, `load_fit`, `predict_loss`, `optimum`) is in `jaxlm.scaling.record`.
+(`Fit`, `save_fit`, `load_fit`, `predict_loss`, `optimum`) is in `jaxlm.scaling.record`. Nothing here imports JAX.
 """
 
 import dataclasses
-import platform
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import scipy
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as RichTable
 from scipy import stats
 
+from jaxlm import __version__
 from jaxlm.errors import UserError, check, check_choice
-from jaxlm.scaling import table as tables
-from jaxlm.scaling.diagnostics import compare, examine, require
-from jaxlm.scaling.figures import draw_fit
+from jaxlm.scaling import diagnostics, optima, solve, table, uncertainty
 from jaxlm.scaling.laws import get_law
-from jaxlm.scaling.optima import fit_envelope, fit_isoflop
-from jaxlm.scaling.problem import OBJECTIVES, Problem, make_problem, objective_value
-from jaxlm.scaling.record import SURFACES, Fit, save_fit
-from jaxlm.scaling.solve import RESTARTS, TOLERANCE, Solution, solve
+from jaxlm.scaling.problem import TINY, Problem, make_problem
+from jaxlm.scaling.record import SURFACES, Fit, load_fit, optimum, predict_loss, save_fit
 from jaxlm.scaling.table import Points
-from jaxlm.scaling.uncertainty import (
-    EXPONENTS,
-    bootstrap,
-    curvature,
-    delta_interval,
-    parameter_jacobian,
-    percentile_interval,
-    profile,
-)
 from jaxlm.scaling.varpro import solve_varpro
 
-METHODS = (*SURFACES, "envelope", "parabola", "akima", "robust")
-LEAST_DRAWS = 20  # fewer give no percentile interval
+__all__ = ["METHODS", "Fit", "fit_command", "load_fit", "optimum", "predict_loss", "run_fit", "save_fit"]
+
+METHODS = ("surface", "varpro", "envelope", "parabola", "akima", "robust")
+SAME = 1e-8  # relative to the objective: starts that end within it found the same optimum
+IDENTITY = ("a", "b", "c")  # derived numbers whose interval is symmetric; the others are positive scales
 
 
 def run_fit(
@@ -52,361 +46,450 @@ def run_fit(
     level: float = 0.95,
     profile: bool = True,
     block: bool = False,
-    fixed: Mapping[str, float] | None = None,
+    fixed: Mapping[str, float] = {},
     ties: Sequence[str] = (),
-    bounds: Mapping[str, tuple[float, float]] | None = None,
+    bounds: Mapping[str, tuple[float, float]] = {},
 ) -> Fit:
-    """Fits a law to points and says how far it can be trusted.
+    """Fits a law to points, with its uncertainty and its diagnostics.
 
     Args:
       points: what `table.select` returned.
-      law: a name in `laws.LAWS`; the line methods (envelope, parabola, akima, robust) fit power laws.
-      method: surface | varpro | envelope | parabola | akima | robust.
-      objective: huber | lad | mse | log_mse, of the surface methods.
+      law: a name in `laws.LAWS`; the methods that fit lines to optima (envelope, parabola, akima, robust) have none.
+      method: one of METHODS.
+      objective: huber | lad | mse | log_mse, of surface and varpro.
       delta: of huber, in log loss.
-      starts: how many of the law's grid of starts are followed to their end, drawn at random; 0 = all.
-      draws: bootstrap draws.
-      seed: of the choice of starts and of the bootstrap.
-      level: of the intervals.
-      profile: walk along every parameter, refitting the others: the one interval that shows a flat ridge.
-      block: resample `points.block` whole in place of runs.
+      starts: a random subset of this size of the law's grid of starts; the whole grid if that is smaller.
+      draws: bootstrap draws; 0: no bootstrap.
+      seed: of the starts and the draws.
+      level: of all intervals.
+      profile: profile the objective over every free parameter.
+      block: resample blocks (points.block; without it runs of one N) instead of runs.
       fixed: parameter -> value that it keeps.
       ties: `alpha=beta` makes two parameters equal.
       bounds: parameter -> (low, high).
 
     Raises:
-      Refusal: too few points; no interior minimum (line methods).
-      UserError: an unknown name, a missing input, constraints that contradict each other.
+      UserError: a setting that makes no sense, too few points, an input of the law that is missing.
     """
     check_choice(method, METHODS, "method")
-    check_choice(objective, OBJECTIVES, "objective")
-    check(delta > 0, f"delta={delta:g} must be positive")
-    check(0 < level < 1, f"level={level:g} must lie in (0, 1)")
-    check(starts >= 0 and draws >= 0, f"starts={starts} and draws={draws} must not be negative")
-    if method not in SURFACES:
-        check(
-            not fixed and not ties and not bounds,
-            f"method={method!r} has no parameters to fix, tie or bound: use method=surface",
-        )
+    check(0 < level < 1, f"level={level} must be between 0 and 1")
+    check(starts >= 1, f"starts={starts} must be at least 1")
+    check(draws >= 0 and draws != 1, f"draws={draws} must be 0 or at least 2")
+    check(seed >= 0, f"seed={seed} must not be negative")
+    labels, notes = None, []
+    if block and points.block is None:
+        labels = np.unique(points.N, return_inverse=True)[1].astype(np.int64)
+        notes.append(f"no block column: the {labels.max() + 1} different N are the blocks")
+    elif block:
+        labels = points.block
+    if method in SURFACES:
+        options = dict(starts=starts, draws=draws, seed=seed, level=level, profile=profile)
+        problem = make_problem(points, law, objective, delta, fixed=fixed, ties=ties, bounds=bounds)
+        fit = _fit_surface(points, problem, law, method, labels, **options)
+        kept = dict(fixed=dict(fixed), ties=list(ties), bounds={k: list(v) for k, v in bounds.items()})
+        fit = dataclasses.replace(fit, settings=fit.settings | kept)
+    else:
+        unused = [name for name, given in (("fixed", fixed), ("ties", ties), ("bounds", bounds)) if given]
+        check(not unused, f"method={method!r} fits lines to optima and takes no {', '.join(unused)}")
+        given = points if labels is None else dataclasses.replace(points, block=labels)
         common = dict(draws=draws, seed=seed, level=level)
         if method == "envelope":
-            fit = fit_envelope(points, **common)
+            fit = optima.fit_envelope(given, **common)
         else:
-            kind = "block" if block else "residual"
-            fit = fit_isoflop(points, variant=method, bootstrap=kind, **common)
-    else:
-        constraints = dict(fixed=dict(fixed or {}), ties=tuple(ties), bounds=dict(bounds or {}))
-        fit = _fit_surface(
-            points, law, method, objective, delta, starts, draws, seed, level, profile, block, constraints
-        )
-    return dataclasses.replace(fit, diagnostics=[*fit.diagnostics, *examine(fit, points)])
+            kind = {"bootstrap": "block"} if block else {}
+            fit = optima.fit_isoflop(given, variant=method, **kind, **common)
+    fit = dataclasses.replace(fit, notes=[*notes, *fit.notes])
+    return dataclasses.replace(fit, diagnostics=diagnostics.examine(fit, points))
 
 
 def _fit_surface(
     points: Points,
-    law_name: str,
+    problem: Problem,
+    law: str,
     method: str,
-    objective: str,
-    delta: float,
+    labels: np.ndarray | None,
+    *,
     starts: int,
     draws: int,
     seed: int,
     level: float,
-    with_profile: bool,
-    block: bool,
-    constraints: Mapping[str, Any],
+    profile: bool,
 ) -> Fit:
-    """A law with parameters, by the multi-start solver or by variable projection."""
-    law = get_law(law_name)
-    check(not block or points.block is not None, "the block bootstrap needs a block column: --block=COLUMN")
-    free = len(law.names) - len(constraints["fixed"]) - len(constraints["ties"])
-    require(len(points), free, f"law={law_name!r}")
-    problem = make_problem(points, law_name, objective, delta, **constraints)
-    grid = law.starts(problem.x, problem.y)
-    if starts and starts < len(grid):
-        grid = grid[np.sort(np.random.default_rng(seed).choice(len(grid), starts, replace=False))]
-    found = solve(problem, grid) if method == "surface" else solve_varpro(problem, law_name)
+    grid = problem.law.starts(problem.x, problem.y)
+    if method == "varpro":
+        found = solve_varpro(problem, law)
+    else:
+        chosen = np.arange(len(grid))
+        if starts < len(grid):
+            chosen = np.sort(np.random.default_rng(seed).choice(len(grid), starts, replace=False))
+        found = solve.solve(problem, grid[chosen])
+    shape = uncertainty.curvature(problem, found.phi)
+    profiles, notes = {}, []
+    if profile:
+        profiles, better = _profiles(problem, found.phi, shape, level)
+        if better is not None:
+            again = solve.solve(problem, problem.coordinates(better)[None])
+            lower = [{**s, "gap": s["value"] - again.value} for s in found.starts]
+            found = dataclasses.replace(again, starts=[*lower, *again.starts])
+            notes.append("a profile led to a lower objective than any start: the fit goes on from there")
+            shape = uncertainty.curvature(problem, found.phi)
+            profiles, _ = _profiles(problem, found.phi, shape, level)
 
-    names = tuple(name for name in law.names if name not in constraints["fixed"])
-    profiles: dict[str, dict] = {}
-    near = curvature(problem, found.phi)
-    if with_profile:
-        found, profiles = _profiles(problem, found, names, level)
-        near = curvature(problem, found.phi)
-    estimate = _named(law.names, problem.parameters(found.phi))
-    derived = {name: float(value) for name, value in law.derived(estimate).items()}
-
-    picked = [law.names.index(name) for name in names]
-    jacobian = parameter_jacobian(problem, found.phi, lambda p: p)[picked]
-    matrices = {"gauss_newton": near.gauss_newton, "sandwich": near.sandwich}
-    intervals: dict[str, dict[str, list[float]]] = {name: {} for name in (*names, *derived)}
-    for kind, matrix in matrices.items():
-        for name, error, positive in _errors(problem, found, names, derived, matrix):
-            value = estimate[name] if name in names else derived[name]
-            intervals[name][kind] = delta_interval(value, error, near.dof, level, positive)
-    table, how = (
-        np.zeros((0, len(names))),
-        dict(kind="block" if block else "case", seed=seed, asked=0, failed=0),
-    )
+    names = problem.law.names
+    p = problem.parameters(found.phi)
+    parameters = dict(zip(names, map(float, p), strict=True))
+    free = [i for i, row in enumerate(problem.basis) if np.any(row) or names[i] in problem.law.mixed]
+    notes += _at_bounds(problem, found.phi)
+    derived = _derived(problem, p)
+    samples = uncertainty.Bootstrap(np.zeros((0, len(names))), "none", 0, 0)
     if draws:
-        sampled = bootstrap(problem, found.phi, draws=draws, seed=seed, block=points.block if block else None)
-        how = dict(kind=sampled.kind, seed=seed, asked=sampled.asked, failed=sampled.failed)
-        table = sampled.draws[:, picked]
-        if len(table) >= LEAST_DRAWS:
-            each = _named(law.names, sampled.draws.T)
-            for name, column in ({name: each[name] for name in names} | law.derived(each)).items():
-                good = column[np.isfinite(column)]
-                runs = len(np.unique(points.block)) if block else len(points)
-                intervals[name]["bootstrap"] = percentile_interval(good, level, runs, min(free, runs - 1))
+        samples = uncertainty.bootstrap(problem, found.phi, draws=draws, seed=seed, block=labels)
+    jacobian = uncertainty.parameter_jacobian(problem, found.phi, lambda q: q)[free]
+    covariance = {
+        kind: (jacobian @ getattr(shape, kind) @ jacobian.T).tolist() for kind in ("gauss_newton", "sandwich")
+    }
+    intervals = _intervals(problem, found.phi, p, derived, samples, shape, level, free)
     for name, told in profiles.items():
         intervals[name]["profile"] = told["interval"]
-
-    residuals = problem.residuals(found.phi)[0]
-    if objective == "mse":  # its residuals are differences of the target itself
-        residuals = np.log1p(residuals / problem.y)
-    grid_size = len(law.starts(problem.x, problem.y))
+    r = np.log(problem.y) - np.log(
+        np.maximum(problem.law.form(problem.coordinates(found.phi), problem.x)[0], TINY)
+    )
+    rows = np.arange(len(points)) if points.rows is None else points.rows
+    columns = {"N": points.N, "D": points.D, "C": points.C, "L": points.L, "row": rows, **points.extra}
+    columns |= {} if points.sigma is None else {"sigma": points.sigma}
+    columns |= (
+        {}
+        if labels is None and points.block is None
+        else {"block": points.block if labels is None else labels}
+    )
     return Fit(
-        law=law_name,
+        law=law,
         method=method,
-        objective=objective,
-        delta=delta,
-        parameters=estimate,
-        derived=derived,
-        names=names,
-        covariance={k: (jacobian @ m @ jacobian.T).tolist() for k, m in matrices.items()},
-        draws=table.tolist(),
-        bootstrap=how,
+        objective=problem.objective,
+        delta=problem.delta,
+        parameters=parameters,
+        derived={name: float(v) for name, v in derived.items()},
+        names=tuple(names[i] for i in free),
+        covariance=covariance,
+        draws=samples.draws[:, free].tolist(),
+        bootstrap={"kind": samples.kind, "seed": seed, "asked": samples.asked, "failed": samples.failed},
         intervals=intervals,
         level=level,
-        value=float(objective_value(problem, problem.residuals(found.phi)[0])),
+        value=found.value,
         starts=found.starts,
         profile=profiles,
-        sigma=float(np.sqrt(np.sum(residuals**2) / max(len(residuals) - free, 1))),
-        residuals=residuals.tolist(),
-        points=_columns(points),
-        settings=dict(
-            fixed=constraints["fixed"],
-            ties=list(constraints["ties"]),
-            bounds={name: list(pair) for name, pair in constraints["bounds"].items()},
-            starts=f"{len(grid)} of {grid_size}, seed {seed}",
-            optimiser="Newton, L-BFGS restarted from its own end, BFGS, Nelder-Mead"
+        sigma=float(np.sqrt(np.sum(r**2) / max(len(r) - len(found.phi), 1))),
+        residuals=r.tolist(),
+        points={name: np.asarray(v).tolist() for name, v in columns.items()},
+        notes=notes,
+        settings={
+            "free": len(found.phi),
+            "starts": starts,
+            "start_grid": len(grid),
+            "draws": draws,
+            "seed": seed,
+            "profile": profile,
+            "weighted": points.sigma is not None,
+            "polish": found.polish,
+            "tolerance": solve.TOLERANCE,
+            "restarts": solve.RESTARTS,
+            "solver": "Newton, L-BFGS, Newton; best: BFGS, Nelder-Mead"
             if method == "surface"
-            else "grid and Nelder-Mead over the exponents, NNLS inside",
-            restarts=RESTARTS,
-            tolerance=TOLERANCE,
-            polish=found.polish,
-            weights="1/sigma^2" if points.sigma is not None else "equal",
-            interval="expanded percentile of the bootstrap; Student's t of the covariances; F of the profile",
-            numpy=np.__version__,
-            scipy=scipy.__version__,
-            python=platform.python_version(),
-        ),
+            else "NNLS, grids",
+            "cutoff": "F",
+            "percentiles": "expanded",
+            "numpy": np.__version__,
+            "scipy": scipy.__version__,
+            "jaxlm": __version__,
+        },
     )
 
 
-def _named(names: Sequence[str], values: Any) -> dict[str, Any]:
-    """Values in the order of names, under them; numbers as Python's own."""
-    return {n: float(v) if np.ndim(v) == 0 else v for n, v in zip(names, values, strict=True)}
+def _derived(problem: Problem, p: np.ndarray) -> dict[str, np.ndarray]:
+    """Derived numbers of parameters (..., P), each (...)."""
+    columns = {name: p[..., i] for i, name in enumerate(problem.law.names)}
+    with np.errstate(all="ignore"):
+        return problem.law.derived(columns)
 
 
-def _columns(points: Points) -> dict[str, list[float]]:
-    """The points as `fit.json` keeps them."""
-    rows = np.arange(len(points)) if points.rows is None else points.rows
-    columns = dict(N=points.N, D=points.D, C=points.C, L=points.L, row=rows)
-    columns |= {} if points.sigma is None else {"sigma": points.sigma}
-    columns |= {} if points.block is None else {"block": points.block}
-    return {name: np.asarray(column).tolist() for name, column in (columns | dict(points.extra)).items()}
-
-
-def _errors(
-    problem: Problem, found: Solution, names: Sequence[str], derived: Sequence[str], matrix: np.ndarray
-) -> list[tuple[str, float, bool]]:
-    """(name, standard error, whether it is the logarithm's) of parameters and derived numbers."""
-    law = problem.law
-    logs = [name in law.logs for name in names] + [name not in EXPONENTS for name in derived]
-
-    def numbers(p: np.ndarray) -> np.ndarray:
-        each = {name: p[..., i] for i, name in enumerate(law.names)}
-        told = [each[name] for name in names]
-        told += [x for name, x in law.derived(each).items() if name in derived]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.stack([np.log(x) if log else x for x, log in zip(told, logs, strict=True)], -1)
-
-    jacobian = parameter_jacobian(problem, found.phi, numbers)
-    errors = np.sqrt(np.maximum(np.diag(jacobian @ matrix @ jacobian.T), 0.0))
-    return list(zip((*names, *derived), map(float, errors), logs, strict=True))
+def _at_bounds(problem: Problem, phi: np.ndarray) -> list[str]:
+    """Says which parameters ended at a bound: their intervals end there, and have no curvature."""
+    out = []
+    for k in np.flatnonzero((phi <= problem.lower) | (phi >= problem.upper)):
+        moved = [n for n, row in zip(problem.law.names, problem.basis, strict=True) if row[k]]
+        vanished = moved[0] in problem.law.logs and phi[k] <= problem.lower[k]
+        out.append(f"{' = '.join(moved[:1])} {'vanishes' if vanished else 'is at its bound'}")
+    return out
 
 
 def _profiles(
-    problem: Problem, found: Solution, names: Sequence[str], level: float
-) -> tuple[Solution, dict[str, dict]]:
-    """The profile of every parameter with a coordinate; a lower objective met on the way is the optimum."""
-    law = problem.law
-    for _ in range(3):
-        near = curvature(problem, found.phi)
-        rise = near.cutoff * float(stats.f.ppf(level, 1, near.dof))
-        errors = {name: error for name, error, _ in _errors(problem, found, names, (), near.gauss_newton)}
-        told, best = {}, found.phi
-        for name in names:
-            if name in law.mixed:
-                continue
-            told[name], phi = profile(problem, found.phi, name, errors[name], rise)
-            if _value(problem, phi) < _value(problem, best):
-                best = phi
-        gain = _value(problem, found.phi) - _value(problem, best)
-        if gain <= 1e-9 * max(abs(found.value), 1e-300):
-            return found, told
-        lower = _value(problem, best)
-        starts = [start | {"gap": start["value"] - lower} for start in found.starts]
-        found = dataclasses.replace(found, phi=best, value=lower, starts=starts)
-    return found, told
+    problem: Problem, phi: np.ndarray, shape: uncertainty.Curvature, level: float
+) -> tuple[dict[str, dict], np.ndarray | None]:
+    """The profile of every parameter with a coordinate of its own; a phi with a lower objective, if one is met."""
+    rise = shape.cutoff * float(stats.f.ppf(level, 1, shape.dof))
+    out, better = {}, None
+    for i, name in enumerate(problem.law.names):
+        if name in problem.law.mixed or not np.any(problem.basis[i]):
+            continue
+        error = float(np.sqrt(problem.basis[i] @ shape.gauss_newton @ problem.basis[i]))
+        out[name], best = uncertainty.profile(problem, phi, name, error, rise)
+        if min(out[name]["value"]) < out[name]["cutoff"] - rise - SAME * (out[name]["cutoff"] - rise):
+            better = best
+    return out, better
 
 
-def _value(problem: Problem, phi: np.ndarray) -> float:
-    return float(objective_value(problem, problem.residuals(phi)[0]))
+def _intervals(
+    problem: Problem,
+    phi: np.ndarray,
+    p: np.ndarray,
+    derived: Mapping[str, np.ndarray],
+    samples: uncertainty.Bootstrap,
+    shape: uncertainty.Curvature,
+    level: float,
+    free: Sequence[int],
+) -> dict[str, dict[str, list[float]]]:
+    """By bootstrap and by both covariances, of free parameters and of derived numbers."""
+    law, out = problem.law, {}
+    columns = {law.names[i]: (p[i], samples.draws[:, i], law.names[i] in law.logs) for i in free}
+    drawn = _derived(problem, samples.draws)
+    columns |= {name: (v, drawn[name], name not in IDENTITY) for name, v in derived.items()}
+
+    def everything(q: np.ndarray) -> np.ndarray:
+        values = {**{law.names[i]: q[..., i] for i in free}, **_derived(problem, q)}
+        return np.stack([np.log(values[n]) if columns[n][2] else values[n] for n in columns], -1)
+
+    with np.errstate(all="ignore"):
+        slopes = uncertainty.parameter_jacobian(problem, phi, everything)
+    for (name, (value, draws, positive)), slope in zip(columns.items(), slopes, strict=True):
+        kinds = {}
+        if len(draws) >= 2:
+            good = draws[np.isfinite(draws)]
+            kinds["bootstrap"] = uncertainty.percentile_interval(good, level, len(problem.y), len(phi))
+        for kind in ("gauss_newton", "sandwich"):
+            error = float(np.sqrt(slope @ getattr(shape, kind) @ slope))
+            ends = uncertainty.delta_interval(float(value), error, shape.dof, level, positive)
+            low, high = law.limits.get(name, (-np.inf, np.inf)) if name not in law.logs else (0.0, np.inf)
+            kinds[kind] = [max(ends[0], low), min(ends[1], high)]
+        out[name] = kinds
+    return out
 
 
-# ------------------------------------------------------------------------------------------- jaxlm fit
+# --- The command ---
+
+
+def parse_pairs(texts: Sequence[str], flag: str) -> dict[str, float]:
+    """`["E=1.69"]` as {'E': 1.69}; several may stand in one text, with commas.
+
+    >>> parse_pairs(["E=1.69,alpha=.34"], "--fix")
+    {'E': 1.69, 'alpha': 0.34}
+    """
+    out = {}
+    for part in (part.strip() for text in texts for part in text.split(",") if part.strip()):
+        name, _, value = part.partition("=")
+        try:
+            out[name.strip()] = float(value)
+        except ValueError:
+            raise UserError(f"{flag}={part}: not NAME=NUMBER, such as {flag}=E=1.69") from None
+    return out
+
+
+def parse_bounds(texts: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """`["alpha=0.1:1"]` as {'alpha': (0.1, 1.0)}.
+
+    >>> parse_bounds(["alpha=0.1:1"])
+    {'alpha': (0.1, 1.0)}
+    """
+    out = {}
+    for part in (part.strip() for text in texts for part in text.split(",") if part.strip()):
+        name, _, ends = part.partition("=")
+        try:
+            low, high = map(float, ends.split(":"))
+        except ValueError:
+            raise UserError(f"--bound={part}: not NAME=LOW:HIGH, such as --bound=alpha=0.1:1") from None
+        out[name.strip()] = (low, high)
+    return out
 
 
 def fit_command(
-    path: str | Path,
-    out: str | Path,
-    *,
+    table_path: str,
     columns: str = "",
+    *,
+    out: str,
     law: str = "chinchilla",
     method: str = "surface",
     objective: str = "huber",
     delta: float = 1e-3,
-    where: str = "",
     drop_highest: int = 0,
+    where: str = "",
     group: str = "",
     block: str = "",
-    fix: Sequence[str] = (),
-    tie: Sequence[str] = (),
     starts: int = 16,
     draws: int = 400,
     seed: int = 0,
     level: float = 0.95,
+    fix: Sequence[str] = (),
+    tie: Sequence[str] = (),
+    bound: Sequence[str] = (),
     profile: bool = True,
-    pictures: bool = True,
-) -> int:
-    """What `jaxlm fit` does: fit a table, write OUT/fit.json and the pictures, print what was found.
+    plots: bool = True,
+) -> list[Fit]:
+    """Fits the runs of a table, writes `out`/fit.json and pictures, prints what was found.
 
-    With `group` every value of that column is fitted apart, in OUT/VALUE; with `method='all'` every method,
-    in OUT/METHOD, and their disagreement is told. Returns the exit code.
+    With method='all' every method writes to `out`/METHOD, the first that succeeds (surface, if it does) to `out`
+    too; with a group column every group writes to `out`/GROUP. A method or group that is refused is printed as
+    such, and is an error where nothing is left.
+
+    Args:
+      table_path: .csv, .tsv or .parquet.
+      columns: `N=params,C=train_flop,loss=loss_nats`; see `table.select`.
+      block: a column whose values are resampled together, or `N` for the sizes.
+      fix: `E=1.69`. tie: `alpha=beta`. bound: `alpha=0.1:1`.
+      plots: whether to draw.
+      The others are those of `run_fit` and `table.select`.
 
     Raises:
-      UserError: bad flags or tables, before anything is written; a refusal of a fit by name.
+      UserError: bad input, before anything is written.
     """
-    from rich.console import Console
-
-    console = Console(width=None if Console().is_terminal else 120)
-    fixed = _assignments(fix)
-    table = tables.read_table(path)
-    roles = tables.parse_columns(columns)
-    if block:
-        roles["block"] = block
-    parts = tables.groups(table, group) if group else {"": table}
-    methods = METHODS if method == "all" else (method,)
-    check_choice(method, (*METHODS, "all"), "--method")
-    needs = get_law(law)
-    roles_needed = tuple(dict.fromkeys(("N", "D", "L", *needs.inputs, needs.target)))
-    if needs.inputs and not {"N", "D"} <= set(needs.inputs):
-        roles_needed = tuple(dict.fromkeys((*needs.inputs, needs.target)))
-    if any(m not in SURFACES for m in methods):
-        roles_needed = tuple(dict.fromkeys((*roles_needed, "N", "D", "C", "L")))
-
-    # Everything is read and checked before the first fit.
-    chosen = {
-        name: tables.select(part, roles, where=where, drop_highest=drop_highest, needs=roles_needed)
-        for name, part in parts.items()
-    }
-    refused = 0
-    for name, (points, excluded, notes) in chosen.items():
-        fits = []
-        for each in methods:
-            options = dict(starts=starts, draws=draws, seed=seed, level=level, profile=profile)
-            if each in SURFACES:
-                options |= dict(fixed=fixed, ties=tuple(tie))
-            folder = Path(out).joinpath(*filter(None, (name, each if len(methods) > 1 else "")))
-            try:
-                fit = run_fit(points, law, each, objective, delta, block=bool(block), **options)
-            except UserError as error:
-                if len(methods) == 1 and len(chosen) == 1:
-                    raise
-                refused += 1
-                console.print(f"{folder}: refused: {error}", markup=False, highlight=False, soft_wrap=True)
-                continue
-            used = {"N": points.N, "D": points.D, "C": points.C, "L": points.L}
-            fit = dataclasses.replace(
-                fit,
-                excluded=[dataclasses.asdict(row) for row in excluded],
-                notes=[*notes, *fit.notes],
-                data=dict(
-                    path=str(path),
-                    sha256=table.sha256,
-                    rows=len(parts[name]),
-                    used=len(points),
-                    columns=tables.resolve(parts[name], roles),
-                    where=where,
-                    drop_highest=drop_highest,
-                    group={group: name} if group else {},
-                    ranges={role: [float(np.min(x)), float(np.max(x))] for role, x in used.items()},
-                ),
-            )
-            fits.append(fit)
-            written = [save_fit(fit, folder)]
-            if pictures:
-                written += draw_fit(fit, folder)
-            for line in _tell(fit, written):
-                console.print(line, markup=False, highlight=False, soft_wrap=isinstance(line, str))
-        for told in compare(fits) if len(fits) > 1 else ():
-            console.print(f"{told['level']} {told['name']}: {told['text']}", markup=False, soft_wrap=True)
-    return 1 if refused else 0
-
-
-def _assignments(pairs: Sequence[str]) -> dict[str, float]:
-    """`E=1.69` as {'E': 1.69}."""
-    out = {}
-    for pair in pairs:
-        name, _, value = pair.partition("=")
-        try:
-            out[name.strip()] = float(value)
-        except ValueError:
-            raise UserError(f"--fix={pair} must be NAME=NUMBER, such as E=1.69") from None
-    return out
-
-
-def _tell(fit: Fit, written: Sequence[Path]) -> list[Any]:
-    """A table of parameters with their intervals, and what else a reader must know."""
-    from rich.table import Table
-
-    used, total = len(fit.points["L"]), fit.data["rows"]
-    kinds = list(dict.fromkeys(kind for told in fit.intervals.values() for kind in told))
-    title = f"{fit.law} by {fit.method}: {used} of {total} rows of {fit.data['path']}"
-    table = Table(title=title, title_justify="left")
-    table.add_column("parameter")
-    table.add_column("value", justify="right")
-    for kind in kinds:
-        table.add_column(f"{100 * fit.level:g}% {kind.replace('_', '-')}", justify="right")
-    for name, value in (fit.parameters | fit.derived).items():
-        told = fit.intervals.get(name, {})
-        cells = [f"{told[k][0]:.5g} to {told[k][1]:.5g}" if k in told else "" for k in kinds]
-        table.add_row(name, f"{value:.7g}", *cells)
-    lines: list[Any] = [table]
-    if fit.method in SURFACES:
-        good = sum(start["converged"] and abs(start["gap"]) <= 1e-8 for start in fit.starts)
-        lines.append(
-            f"objective {fit.value:.7g} ({fit.objective}, summed); {good} of {len(fit.starts)} starts end "
-            f"within 1e-8 of it; residual sigma {100 * fit.sigma:.3g}% of the loss"
+    form = get_law(law)
+    check_choice(method, ("all", *METHODS), "method")
+    check(bool(out), "the fit needs --out, a folder to write to")
+    fixed, bounds = parse_pairs(fix, "--fix"), parse_bounds(bound)
+    ties = [part.strip() for text in tie for part in text.split(",") if part.strip()]
+    roles = table.parse_columns(columns)
+    if block and block != "N":
+        check(
+            "block" not in roles or roles["block"] == block,
+            f"--block={block} and --columns=block=... disagree",
         )
+        roles["block"] = block
+    whole = table.read_table(table_path)
+    parts = table.groups(whole, group) if group else {"": whole}
+    needs = tuple(dict.fromkeys([*form.inputs, form.target]))
+    if method not in ("all", *SURFACES):
+        needs = ("N", "D", "C", "L")
+    methods = METHODS if method == "all" else (method,)
+    settings = dict(objective=objective, delta=delta, starts=starts, draws=draws, seed=seed, level=level)
+    settings |= dict(profile=profile, block=bool(block), fixed=fixed, ties=ties, bounds=bounds)
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    fits, refused = [], []
+    for label, part in parts.items():
+        folder = Path(out) / re.sub(r"[^\w.+-]+", "_", label) if label else Path(out)
+        title = f"{group}={label}: " if label else ""
+        try:
+            points, excluded, notes = table.select(
+                part, roles, where=where, drop_highest=drop_highest, needs=needs
+            )
+        except UserError as error:
+            if not label:
+                raise
+            refused.append(f"{title}{error}")
+            console.print(f"[red]{escape(title)}refused[/]: {escape(str(error))}")
+            continue
+        data = _data(
+            part,
+            roles,
+            points,
+            where=where,
+            drop_highest=drop_highest,
+            group=f"{group}={label}" if label else "",
+        )
+        done: list[Fit] = []
+        for name in methods:
+            lines = name not in SURFACES
+            given = settings | (dict(fixed={}, ties=(), bounds={}) if lines and method == "all" else {})
+            try:
+                fit = run_fit(points, law, name, **given)
+            except UserError as error:
+                if len(methods) == 1 and not label:
+                    raise
+                refused.append(f"{title}{name}: {error}")
+                console.print(f"[red]{escape(title)}{name} refused[/]: {escape(str(error))}")
+                continue
+            gone = [dataclasses.asdict(e) for e in excluded]
+            fit = dataclasses.replace(
+                fit, data=data, excluded=[*gone, *fit.excluded], notes=[*notes, *fit.notes]
+            )
+            done.append(fit)
+            where_to = folder / name if len(methods) > 1 else folder
+            _write(fit, where_to, plots)
+            for item in describe(fit, f"{title}{name}"):
+                console.print(item)
+            console.print(f"wrote {escape(str(where_to / 'fit.json'))}\n")
+        if len(methods) > 1 and done:
+            save_fit(done[0], folder)
+            for item in diagnostics.compare(done):
+                console.print(_alarm(item))
+        fits += done
+    if not fits:
+        raise UserError("nothing was fitted: " + "; ".join(refused))
+    return fits
+
+
+def _data(part: table.Table, roles: Mapping[str, str], points: Points, **filters) -> dict:
+    ranges = {}
+    for name in "NDCL":
+        values = getattr(points, name)
+        if np.isfinite(values).any():
+            ranges[name] = [float(np.nanmin(values)), float(np.nanmax(values))]
+    return {
+        "path": part.path,
+        "sha256": part.sha256,
+        "rows": len(part),
+        "used": len(points),
+        "columns": table.resolve(part, roles),
+        "ranges": ranges,
+        **filters,
+    }
+
+
+def _write(fit: Fit, folder: Path, plots: bool) -> None:
+    save_fit(fit, folder)
+    if plots:
+        from jaxlm.scaling.figures import draw_fit  # matplotlib takes a second to import
+
+        draw_fit(fit, folder)
+
+
+def _alarm(item: Mapping) -> str:
+    colour = {"note": "cyan", "warning": "yellow"}.get(item["level"], "red")
+    return f"[{colour}]{item['level']}[/] {item['name']}: {escape(item['text'])}"
+
+
+def describe(fit: Fit, title: str) -> list:
+    """What a reader wants to see of a fit, as things that rich prints."""
+    form = f": {get_law(fit.law).formula}" if fit.method in SURFACES else ""
+    kinds = [
+        k
+        for k in ("bootstrap", "profile", "gauss_newton", "sandwich")
+        if any(k in v for v in fit.intervals.values())
+    ]
+    grid = RichTable(title=escape(f"{title} {fit.law}{form}"), title_justify="left")
+    grid.add_column("parameter")
+    grid.add_column("value", justify="right")
+    for kind in kinds:
+        grid.add_column(f"{fit.level:.0%} {kind.replace('_', '-')}", justify="right")
+    for name, value in {**fit.parameters, **fit.derived}.items():
+        known = fit.intervals.get(name, {})
+        ends = [f"{known[k][0]:.6g} .. {known[k][1]:.6g}" if k in known else "" for k in kinds]
+        fixed = name in fit.parameters and name not in fit.names
+        grid.add_row(name, f"{value:.8g}", *(["fixed", *ends[1:]] if fixed and ends else ends))
     rules: dict[str, int] = {}
-    for row in fit.excluded:
-        rules[row["rule"]] = rules.get(row["rule"], 0) + 1
-    lines += [f"excluded: {count} by {rule}" for rule, count in rules.items()]
-    lines += [f"note: {note}" for note in fit.notes]
-    lines += [f"{told['level']} {told['name']}: {told['text']}" for told in fit.diagnostics]
-    folder = written[0].parent
-    lines.append(f"{folder}: {', '.join(path.name for path in written)}")
-    return lines
+    for item in fit.excluded:
+        rules[item["rule"]] = rules.get(item["rule"], 0) + 1
+    left_out = ", ".join(f"{count} by {rule}" for rule, count in rules.items()) or "none"
+    lines = [
+        f"{len(fit.residuals)} points, left out: {left_out}; residual deviation of the log {fit.sigma:.4%}",
+    ]
+    if fit.method in SURFACES:
+        same = sum(abs(s["gap"]) <= SAME * abs(fit.value) + 1e-25 for s in fit.starts)
+        size = f" delta={fit.delta:g}" if fit.objective == "huber" else ""
+        lines.append(
+            f"objective {fit.objective}{size}: {fit.value:.10g} summed over points; {same} of {len(fit.starts)} "
+            f"starts end within {SAME:g} of it"
+        )
+    kind = fit.bootstrap.get("kind", "")
+    if fit.draws:
+        failed = fit.bootstrap.get("failed", 0)
+        lines.append(f"{len(fit.draws)} bootstrap draws ({kind}), {failed} failed")
+    lines += [f"note: {text}" for text in fit.notes]
+    return [grid, *map(escape, lines), *map(_alarm, fit.diagnostics)]

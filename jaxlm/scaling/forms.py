@@ -66,9 +66,7 @@ def kaplan(z: Array, x: Features) -> Value:
     return value, jac
 
 
-def _effective(
-    log_once: Array, log_all: Array, r_star: Array
-) -> tuple[Array, Array, Array]:
+def _effective(log_once: Array, log_all: Array, r_star: Array) -> tuple[Array, Array, Array]:
     """Muennighoff's `X' = U (1 + R* (1 - exp(-R/R*)))`, R = X/U - 1: log X', d log X'/d log U, d log X'/d log R*."""
     ratio = np.exp(np.minimum(log_all - log_once, LARGE))
     repeats = np.maximum(ratio - 1, 0)
@@ -176,7 +174,14 @@ def routed(z: Array, x: Features) -> Value:
     by_gap = (-(es / gap) / inner**2 + gap * es / em**2) / inverse / ten
     value = _exp(ten * (a * n + b * f + c * n * f + d))
     slope = value * ten * (b + c * n)
-    parts = (value * ten * n, value * ten * f, value * ten * n * f, value * ten, slope * by_es, slope * by_gap)
+    parts = (
+        value * ten * n,
+        value * ten * f,
+        value * ten * n * f,
+        value * ten,
+        slope * by_es,
+        slope * by_gap,
+    )
     return value, np.stack(np.broadcast_arrays(*parts), -1)
 
 

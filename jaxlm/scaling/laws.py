@@ -35,7 +35,9 @@ class Law:
     form: Callable[[Array, Features], Value]  # z, features -> value, d value / d z
     starts: Callable[[Features, Array], Array]  # features, target -> grid of z
     logs: tuple[str, ...] = ()  # parameters whose coordinate is their logarithm
-    limits: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)  # of z; else UNBOUNDED
+    limits: Mapping[str, tuple[float, float]] = dataclasses.field(
+        default_factory=dict
+    )  # of z; else UNBOUNDED
     terms: Terms = ()  # powers, for centring and for variable projection
     separable: bool = False  # the value is the sum of `terms` and nothing else
     mixed: tuple[str, ...] = ()  # parameters without a coordinate of their own: they cannot be fixed
@@ -250,9 +252,7 @@ LAWS: dict[str, Law] = {
         ("E", "A", "B", "alpha", "beta", "R_D", "R_N"),
         ("N", "D", "U"),
         forms.data_constrained,
-        functools.partial(
-            starts.data_constrained, ("E", "A", "B", "alpha", "beta", "R_D", "R_N"), SURFACE
-        ),
+        functools.partial(starts.data_constrained, ("E", "A", "B", "alpha", "beta", "R_D", "R_N"), SURFACE),
         logs=("A", "B", "R_D", "R_N"),
         limits={
             "E": (0.0, np.inf),

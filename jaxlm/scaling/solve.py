@@ -161,7 +161,8 @@ def first_points(problem: Problem, starts: Array) -> Array:
     for c, factors in law.terms:
         if factors and c in law.logs:
             shift = sum(
-                (s * (z[:, at[e]] if e else 1.0) * problem.x[i].mean() for e, i, s in factors), np.zeros(len(z))
+                (s * (z[:, at[e]] if e else 1.0) * problem.x[i].mean() for e, i, s in factors),
+                np.zeros(len(z)),
             )
             z[:, at[c]] = np.clip(z[:, at[c]] + shift, level + ALIVE[0], level + ALIVE[1]) - shift
         elif not factors and c not in law.logs:
@@ -190,7 +191,9 @@ def solve(problem: Problem, starts: Array) -> Solution:
     with np.errstate(over="ignore", invalid="ignore"):
         for i in range(len(phi)):
             for _ in range(RESTARTS):
-                found = optimize.minimize(fun, phi[i], jac=True, method="L-BFGS-B", bounds=bounds, options=options)
+                found = optimize.minimize(
+                    fun, phi[i], jac=True, method="L-BFGS-B", bounds=bounds, options=options
+                )
                 phi[i] = found.x if found.fun <= fun(phi[i])[0] else phi[i]
                 steps[i] += found.nit
         phi, value, done, more = refit(problem, phi, deltas=LAD_DELTAS, iterations=400)
@@ -236,7 +239,9 @@ def _polish(problem: Problem, phi: Array, fun) -> tuple[Array, dict[str, float]]
     elif inside:
         consider("bfgs", optimize.minimize(fun, phi, jac=True, method="BFGS", options={"gtol": 1e-12}).x)
     spread = 1e-6 * np.maximum(np.abs(phi), 1e-3)
-    simplex = np.concatenate([phi[None], phi + np.diag(np.where(phi + spread <= problem.upper, spread, -spread))])
+    simplex = np.concatenate(
+        [phi[None], phi + np.diag(np.where(phi + spread <= problem.upper, spread, -spread))]
+    )
     options = {"initial_simplex": simplex, "xatol": 1e-14, "fatol": 1e-18, "maxfev": 200 * len(phi)}
     consider("nelder_mead", optimize.minimize(reported, phi, method="Nelder-Mead", options=options).x)
     return phi, gains
@@ -249,5 +254,7 @@ def _vertex(problem: Problem, phi: Array) -> Array:
     at = phi.copy()
     for _ in range(20):
         r, jac = problem.residuals(at)
-        at = np.clip(at - np.linalg.lstsq(jac[chosen], r[chosen], rcond=1e-12)[0], problem.lower, problem.upper)
+        at = np.clip(
+            at - np.linalg.lstsq(jac[chosen], r[chosen], rcond=1e-12)[0], problem.lower, problem.upper
+        )
     return at

@@ -62,7 +62,9 @@ class Projected:
         exponents = {e for _, factors in law.terms for e, _, _ in factors if e}
         at = {name: i for i, name in enumerate(law.names)}
         if not (law.separable and exponents):
-            raise UserError(f"method='varpro' needs a sum of powers, law {law_name!r} is none: use method='surface'")
+            raise UserError(
+                f"method='varpro' needs a sum of powers, law {law_name!r} is none: use method='surface'"
+            )
         moved = np.abs(problem.basis[[at[e] for e in exponents]]).sum(0) > 0
         if moved.sum() > MOST:
             raise UserError(
@@ -97,7 +99,9 @@ class Projected:
         if columns:
             # Relative errors stand for those of the logarithm.
             weights = problem.weights * (1.0 if problem.objective == "mse" else problem.y**-2.0)
-            for (_, i, is_log), c in zip(free, nnls(np.stack(columns, -1), problem.y - known, weights).T, strict=True):
+            for (_, i, is_log), c in zip(
+                free, nnls(np.stack(columns, -1), problem.y - known, weights).T, strict=True
+            ):
                 z[:, i] = np.log(np.maximum(c, TINY)) if is_log else c
         inner = np.linalg.lstsq(problem.basis, (z - problem.offset).T, rcond=None)[0].T
         phi[:, self.inner] = np.clip(inner, problem.lower, problem.upper)[:, self.inner]
@@ -142,7 +146,9 @@ def solve_varpro(problem: Problem, law_name: str) -> Solution:
     picture = value.reshape([len(axis) for axis in axes])
     around = np.pad(picture, 1, constant_values=np.inf)
     shifts = itertools.product((-1, 0, 1), repeat=picture.ndim)
-    neighbours = [around[tuple(slice(1 + d, 1 + d + n) for d, n in zip(s, picture.shape, strict=True))] for s in shifts]
+    neighbours = [
+        around[tuple(slice(1 + d, 1 + d + n) for d, n in zip(s, picture.shape, strict=True))] for s in shifts
+    ]
     minima = np.flatnonzero((picture <= np.min(neighbours, 0)).ravel())
     minima = minima[np.argsort(value[minima])][:REFINED]
 

@@ -377,13 +377,21 @@ def test_influential_points():
 def test_methods_that_disagree_beyond_the_joint_interval(surface, lines):
     same = [changed(surface[0], data={}), changed(lines[0], data={})]
     assert names(compare(same)) == []
-    moved = lines[0].parameters | {"log_kN": lines[0].parameters["log_kN"] + 0.8}
-    draws = np.array(lines[0].draws)
-    draws[:, lines[0].names.index("log_kN")] += 0.8
-    off = changed(lines[0], parameters=moved, draws=draws.tolist(), data={})
-    alarm = next(a for a in compare([same[0], off]) if a["name"] == "methods_disagree")
+    log_n = [predict.optima(fit, BUDGETS[-1])[0] for fit in same]
+    joint = math.hypot(*(v[1:].std() for v in log_n))
+
+    def moved(by):
+        """The line with log N* `by` joint errors above the surface's at the largest compute."""
+        shift = log_n[0][0] - log_n[1][0] + by * joint
+        draws = np.array(lines[0].draws)
+        draws[:, lines[0].names.index("log_kN")] += shift
+        p = lines[0].parameters
+        return changed(same[1], parameters=p | {"log_kN": p["log_kN"] + shift}, draws=draws.tolist())
+
+    assert "methods_disagree" not in names(compare([same[0], moved(1.0)]))
+    alarm = next(a for a in compare([same[0], moved(3.0)]) if a["name"] == "methods_disagree")
     assert alarm["level"] == "warning"
-    assert alarm["value"] == pytest.approx(0.8, abs=0.2)
+    assert alarm["value"] == pytest.approx(3 * joint)
 
 
 def test_objectives_tables_and_columns_that_differ(surface):

@@ -1,5 +1,6 @@
 """Envelope and iso-FLOP lines against surfaces whose optimum is known in closed form."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -283,6 +284,18 @@ def test_the_envelope_ignores_changes_where_a_curve_only_ends():
     small = points.N < 1e8
     cut = points.take(~small | early)  # small sizes stop early: their successors win by default there
     assert fit_envelope(cut, draws=2).parameters["a"] == pytest.approx(0.28 / 0.62, abs=2e-3)
+
+
+def test_stretches_of_the_largest_size_are_dropped():
+    points = curves(0.34, 0.28, 10, 60)
+    largest = np.flatnonzero(np.isclose(points.N, points.N.max()))
+    dip = points.L.copy()
+    dip[largest[20:23]] *= 0.6  # best there by accident, in the middle of another size's stretch
+    spoilt = dataclasses.replace(points, L=dip)
+    assert len(fit_envelope(points, draws=2).optima) == 8
+    own = [o for o in fit_envelope(spoilt, draws=2).optima if o["L"] < 0.8 * points.L[largest].max()]
+    low, high = (float(c) for c in points.C[largest[[20, 22]]])
+    assert not [o for o in own if low < o["budget"] < high]
 
 
 def test_the_envelope_of_one_best_size_is_refused():

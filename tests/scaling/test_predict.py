@@ -188,8 +188,7 @@ def test_next_runs_are_within_the_candidates_and_cut_the_variance(fit):
     for run in runs:
         assert (run.N, run.D) in choice
         assert run.C == pytest.approx(6 * run.N * run.D)
-        largest = run.C / 1e20
-        assert largest <= 1 + 1e-9
+        assert not run.C > 1e20 * (1 + 1e-9)
         assert 0 < run.reduction < 1
         assert run.sd_after < run.sd_before
     assert runs[1].sd_before == pytest.approx(runs[0].sd_after)
@@ -197,6 +196,18 @@ def test_next_runs_are_within_the_candidates_and_cut_the_variance(fit):
         next_runs(fit, 1e22, k=0)
     with pytest.raises(UserError, match="positive"):
         next_runs(fit, 1e22, [(1e8, -1.0)])
+
+
+def test_the_first_run_is_the_best_single_one(fit):
+    choice = candidates(fit)
+    noisy = dataclasses.replace(fit, sigma=0.1 * fit.sigma)
+    for one in (fit, noisy):
+        alone = [next_runs(one, 1e22, [pair], k=1)[0].reduction for pair in choice]
+        first = next_runs(one, 1e22, choice, k=1)[0]
+        assert first.reduction == pytest.approx(max(alone))
+        assert [first.N, first.D] == choice[int(np.argmax(alone))].tolist()
+    before = float(np.var(optima(fit, 1e22)[0][1:]))
+    assert first.sd_before**2 == pytest.approx(before, rel=0.1)
 
 
 def test_the_update_is_that_of_linear_gaussian_estimation():
