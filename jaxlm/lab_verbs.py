@@ -121,15 +121,16 @@ def _fit_flags(values: flags.FlagValues) -> None:
     _text(values, "where", "", "rows to use, such as 'C<1e21 and N>1e7'")
     _whole(values, "drop_highest", 0, "leave out so many rows of highest loss")
     _text(values, "group", "", "column; one fit for each of its values")
-    _text(values, "block", "", "column whose values are resampled whole (a size, a trunk)")
+    _text(values, "block", "", "column whose values are resampled whole (a trunk), or N for the sizes")
     flags.DEFINE_multi_string("fix", [], "parameter that keeps a value, E=1.69", flag_values=values)
     flags.DEFINE_multi_string("tie", [], "parameters that are equal, alpha=beta", flag_values=values)
+    flags.DEFINE_multi_string("bound", [], "range of a parameter, alpha=0.1:1", flag_values=values)
     _whole(values, "starts", 16, "of the law's grid of starts, drawn at random; 0 = all")
     _whole(values, "draws", 400, "of the bootstrap")
     _whole(values, "seed", 0, "of starts and draws")
     _real(values, "level", 0.95, "of the intervals")
     _switch(values, "profile", True, "profile every parameter")
-    _switch(values, "pictures", True, "draw")
+    _switch(values, "plots", True, "draw")
 
 
 def _fit(values: flags.FlagValues, positional: Sequence[str], config: Any) -> int:
@@ -138,9 +139,21 @@ def _fit(values: flags.FlagValues, positional: Sequence[str], config: Any) -> in
     _need_extra("fit")
     from jaxlm.scaling.fit import fit_command
 
-    names = ("columns", "law", "method", "objective", "delta", "where", "drop_highest", "group", "block")
-    names += ("fix", "tie", "starts", "draws", "seed", "level", "profile", "pictures")
-    return fit_command(values.table, values.out, **{name: values[name].value for name in names})
+    names = (
+        "law",
+        "method",
+        "objective",
+        "delta",
+        "drop_highest",
+        "where",
+        "group",
+        "block",
+        "starts",
+        "draws",
+    )
+    names += ("seed", "level", "fix", "tie", "bound", "profile", "plots")
+    fit_command(values.table, values.columns, out=values.out, **{name: values[name].value for name in names})
+    return 0
 
 
 # -------------------------------------------------------------------------------------- predict and report

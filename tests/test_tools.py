@@ -549,7 +549,12 @@ def test_another_workload_is_noticed(workload):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("tool", "arguments"),
-    [("bench_train", ["--variants=jaxlm,plain"]), ("bench_data", []), ("bench_start", [])],
+    [
+        ("bench_train", ["--variants=jaxlm,plain"]),
+        ("bench_data", []),
+        ("bench_start", []),
+        ("bench_vectorize", []),
+    ],
 )
 def test_benchmark_prints_one_json_line(tool, arguments):
     command = [sys.executable, str(TOOLS / f"{tool}.py"), "--quick", *arguments]

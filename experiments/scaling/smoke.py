@@ -57,6 +57,7 @@ def get_config(part: str = "grid") -> ConfigDict:
     config.run.mesh.data = 1  # one device a run: four rows are not worth dividing
     train = config.run.train
     train.log_every = 20
+    train.save_every = 2000  # what a killed worker loses at most
     train.sample_prompts = ()
     train.keep_last, train.keep_best = 1, 0
 

@@ -415,7 +415,8 @@ def _finish(folder: Path, plan: dict[str, Any], names: list[str], done: int) -> 
     totals = {key: sum(e[key] for e in entries) for key in ("tokens", "documents", "bytes")}
     complete = len(entries) == len(names)
     if complete:
-        check(totals["documents"] > 0, f"no documents in {', '.join(f['name'] for f in plan['inputs'])}: the input is empty")
+        files = ", ".join(file["name"] for file in plan["inputs"])
+        check(totals["documents"] > 0, f"no documents in {files}: the input is empty")
         index = {k: v for k, v in plan.items() if k not in ("units", "inputs")}
         index = {**index, **totals, "shards": entries}
         data = shards.dump_json(index)

@@ -293,7 +293,8 @@ def apply(
         segments_BT: document number of each token, 0 = padding; tokens see their own document only. With a
         cache,
             0 marks columns that are not written; a row of a cache is one document.
-        positions_BT: position in the document, from 0; default the column.
+        positions_BT: position in the document, from 0; default the column. Without a cache they must grow
+            along a document: a causal query is not compared with later columns.
         allowed_BTS: a further mask (training and prefill without a cache).
         cache: as made by `init_cache`; the call's keys and values are written at `positions_BT`.
         key: for dropout; None = no dropout.

@@ -51,8 +51,24 @@ class Evidence:
         return next(iter(self.fits.values()), None)
 
     def stale(self, fit: Fit) -> bool:
-        """Whether the fit was made from another table than the one that is there now."""
-        return self.table is not None and fit.data.get("sha256") not in (None, self.table.sha256)
+        """Whether the table that is there now would give the fit other points than it was made from.
+
+        A hold-out that was collected since changes the file, and not what the fit sees.
+        """
+        if self.table is None or fit.data.get("sha256") in (None, self.table.sha256):
+            return False
+        return not _same_points(self.table, fit)
+
+
+def _same_points(table: Table, fit: Fit) -> bool:
+    """Whether the fit's columns and filters still choose its points from the table, to the bit."""
+    chosen = {name: fit.data.get(name) for name in ("where", "drop_highest") if fit.data.get(name)}
+    try:
+        points, _, _ = select(table, _columns(fit), **chosen)
+    except UserError:
+        return False
+    now = {"N": points.N, "D": points.D, "C": points.C, "L": points.L}
+    return all(np.array_equal(x, np.asarray(fit.points[role], float)) for role, x in now.items())
 
 
 def gather(workdir: str | Path) -> Evidence:

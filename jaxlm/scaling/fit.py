@@ -1,7 +1,7 @@
 """From points to a fitted law: `run_fit`, and `fit_command` behind `jaxlm fit`.
 
 This module stands to the right of the methods, the diagnostics and the figures; what those need of a fit
-(`Fit`, `save_fit`, `load_fit`, `predict_loss`, `optimum`) is in `jaxlm.scaling.record`. Nothing here imports JAX.
+(`Fit`, `save_fit`, `load_fit`, `predict_loss`, `optimum`) is in `jaxlm.scaling.record`. It imports no JAX.
 """
 
 import dataclasses
@@ -196,8 +196,6 @@ def _fit_surface(
             "solver": "Newton, L-BFGS, Newton; best: BFGS, Nelder-Mead"
             if method == "surface"
             else "NNLS, grids",
-            "cutoff": "F",
-            "percentiles": "expanded",
             "numpy": np.__version__,
             "scipy": scipy.__version__,
             "jaxlm": __version__,
@@ -228,6 +226,8 @@ def _profiles(
     """The profile of every parameter with a coordinate of its own; a phi with a lower objective, if one is met."""
     rise = shape.cutoff * float(stats.f.ppf(level, 1, shape.dof))
     out, better = {}, None
+    if rise <= 1e-20 * len(problem.y):
+        return {}, None  # the law meets every point: nothing to profile
     for i, name in enumerate(problem.law.names):
         if name in problem.law.mixed or not np.any(problem.basis[i]):
             continue
@@ -264,7 +264,7 @@ def _intervals(
         kinds = {}
         if len(draws) >= 2:
             good = draws[np.isfinite(draws)]
-            kinds["bootstrap"] = uncertainty.percentile_interval(good, level, len(problem.y), len(phi))
+            kinds["bootstrap"] = uncertainty.percentile_interval(good, level)
         for kind in ("gauss_newton", "sandwich"):
             error = float(np.sqrt(slope @ getattr(shape, kind) @ slope))
             ends = uncertainty.delta_interval(float(value), error, shape.dof, level, positive)

@@ -4,13 +4,13 @@ With psi = rho', s^2 = sum w psi^2 / (R - F) and m the mean of rho'' (for a kink
 window around 0 takes its place), R points and F free parameters:
 
     Gauss-Newton   k^2 s^2 / m^2 (J'WJ)^-1, which is s^2 (J'J)^-1 for least squares
-    sandwich       k^2 H^-1 (sum w^2 psi^2 J J') H^-1 R / (R - F), H = sum w rho'' J J'
+    sandwich       k^2 H^-1 (sum w^2 psi^2 / (1 - h)^2 J J') H^-1, H = sum w rho'' J J', h the leverage (HC3)
     profile        all values whose best objective is within k^2 s^2 / (2 m) F_{1, R-F}(level) of the optimum
 
 with Huber's correction for few points, k = 1 + F/R Var(rho'') / m^2 (Huber 1973, Annals of Statistics 1, 799).
 
-Bootstrap intervals take the percentiles that widen a normal interval to Student's with R - F degrees of freedom
-and sqrt(R / (R - F)) (Hesterberg 2015, "expanded percentile"): plain percentiles are too narrow for few points.
+Bootstrap intervals are plain percentiles: over made-up sweeps of 24 and 81 runs they cover 93 to 98%, where
+percentiles widened by Student's factor cover 98 to 100%, since resampled nonlinear fits scatter more already.
 """
 
 import dataclasses
@@ -89,7 +89,7 @@ def _seconds(problem: Problem, r: Array) -> Array:
     if problem.objective in ("mse", "log_mse"):
         return np.full_like(r, 2.0)
     delta = problem.delta if problem.objective == "huber" else 0.0
-    width = max(delta, 1.4826 * float(np.median(np.abs(r))) * len(r) ** -0.2, 1e-300)
+    width = max(delta, 1.4826 * float(np.median(np.abs(r))) * len(r) ** -0.2, 1e-12)
     return (np.abs(r) <= width) * (delta if problem.objective == "huber" else 1.0) / width
 
 
@@ -109,6 +109,9 @@ def curvature(problem: Problem, phi: Array) -> Curvature:
     k = 1 + len(phi) / len(r) * float(np.average((seconds - m) ** 2, weights=w)) / m**2
     s2 = float(np.sum(w * psi**2)) / dof
     inside = (phi > problem.lower) & (phi < problem.upper)
+    full = np.zeros((2, len(phi), len(phi)))
+    if not inside.any():
+        return Curvature(full[0], full[1], k**2 * s2 / (2 * m), dof)
     j = jac[:, inside]
     scale = np.maximum(np.linalg.norm(j * np.sqrt(w)[:, None], axis=0), 1e-300)
     j = j / scale
@@ -119,12 +122,13 @@ def curvature(problem: Problem, phi: Array) -> Curvature:
 
     # A window around 0 that holds too few runs to span all directions is widened by the mean.
     bread = invert(seconds + 1e-3 * m)
-    meat = j.T @ ((w * psi)[:, None] ** 2 * j)
+    inverse = invert(np.ones_like(r))
+    leverage = np.minimum(w * np.einsum("rf,fg,rg->r", j, inverse, j), 0.99)
+    meat = j.T @ ((w * psi / (1 - leverage))[:, None] ** 2 * j)
     outer = scale[:, None] * scale[None, :]
-    full = np.zeros((2, len(phi), len(phi)))
     where = np.ix_(inside, inside)
-    full[0][where] = k**2 * s2 / m**2 * invert(np.ones_like(r)) / outer
-    full[1][where] = k**2 * bread @ meat @ bread * len(r) / dof / outer
+    full[0][where] = k**2 * s2 / m**2 * inverse / outer
+    full[1][where] = k**2 * bread @ meat @ bread / outer
     return Curvature(full[0], full[1], k**2 * s2 / (2 * m), dof)
 
 
@@ -146,12 +150,9 @@ def delta_interval(estimate: float, error: float, dof: int, level: float, positi
         return [float(estimate * np.exp(-t * error)), float(estimate * np.exp(t * error))]
 
 
-def percentile_interval(draws: Array, level: float, count: int, free: int) -> list[float]:
-    """The expanded percentile interval of draws (S,) from `count` runs and `free` parameters."""
-    dof = max(count - free, 1)
-    z = np.sqrt(count / dof) * stats.t.ppf((1 + level) / 2, dof)
-    tail = float(stats.norm.cdf(-z))
-    low, high = np.quantile(draws, [tail, 1 - tail])
+def percentile_interval(draws: Array, level: float) -> list[float]:
+    """The percentiles of draws (S,) that leave out (1 - level) / 2 on either side."""
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return [float(low), float(high)]
 
 

@@ -307,7 +307,7 @@ def test_the_envelope_of_one_best_size_is_refused():
 
 
 def test_the_envelope_resamples_sizes():
-    fit = fit_envelope(curves(0.34, 0.28, 12, 30, noise=0.002), draws=60)
+    fit = fit_envelope(curves(0.34, 0.28, 12, 30, noise=0.002), draws=40)
     assert fit.bootstrap["kind"] == "block"
     low, high = fit.intervals["a"]["bootstrap"]
     assert low < 0.28 / 0.62 < high
@@ -335,12 +335,14 @@ def covered(variant, trials, alpha=0.35, beta=0.35, budgets=4, sizes=7, noise=0.
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("variant", "trials"), [("parabola", 200), ("akima", 200), ("robust", 100)])
-def test_intervals_of_isoflop_lines_cover(variant, trials):
+@pytest.mark.parametrize(
+    ("variant", "trials", "most"), [("parabola", 200, 0.98), ("akima", 200, 0.995), ("robust", 100, 0.99)]
+)
+def test_intervals_of_isoflop_lines_cover(variant, trials, most):
     share = covered(variant, trials)
     print(variant, share)
     assert (share >= 0.92).all(), share
-    assert (share <= 0.985).all(), share
+    assert (share <= most).all(), share
 
 
 def test_case_draws_are_wider_than_residual_ones():

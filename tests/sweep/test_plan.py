@@ -14,10 +14,12 @@ from jaxlm.errors import UserError
 from jaxlm.scaling import record
 from jaxlm.scaling.counting import count
 from jaxlm.sweep import chips, plan
-from jaxlm.sweep.plan import Hardware, SweepConfig, all_cells, load_plans, make_plan, save_plan
+from jaxlm.sweep.collect import collect
+from jaxlm.sweep.plan import Hardware, SweepConfig, all_cells, load_plans, make_plan, run_dir, save_plan
 from jaxlm.sweep.preview import plan_command, plan_totals
 from jaxlm.train.metrics import peak_flops
 from jaxlm.train.run import plan as plan_run
+from jaxlm.train.run import train
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = sorted((ROOT / "experiments" / "scaling").glob("*.py"))
@@ -360,6 +362,26 @@ def test_scaling_experiments_say_what_they_show_and_fill_their_grid(path, tmp_pa
     found = make_plan(tiny, tmp_path, hardware=UNTIMED)
     assert sum(cell.own_flops for cell in found.cells) < 3e10  # seconds
     assert plan.expand(full.run, full.grid)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["smoke", "trunks"])
+def test_the_tiny_size_trains(name, tmp_path):
+    config = load_experiment(f"{ROOT / 'experiments' / 'scaling' / name}.py:tiny")
+    save_plan(tmp_path, make_plan(build(config, SweepConfig), tmp_path, hardware=UNTIMED))
+    cells = all_cells(load_plans(tmp_path))
+    smallest = min(cell.counts["n_total"] for cell in cells)
+    chosen = [cell for cell in cells if cell.counts["n_total"] == smallest]
+    for cell in chosen:
+        result = train(cell.config, run_dir(tmp_path, cell), bar=False)
+        assert result.status == "finished"
+        assert result.flops == cell.flops
+    rows = {row["id"]: row for row in collect(tmp_path)}
+    for cell in chosen:
+        assert rows[cell.id]["status"] == "finished"
+        assert rows[cell.id]["exclude"] == ("trunk" if cell.role == "trunk" else "")
+        assert 1.0 < rows[cell.id]["bpb"] < 7.0
+    assert name != "trunks" or [cell.role for cell in chosen] == ["trunk", "grid", "branch", "branch"]
 
 
 def test_every_full_grid_of_the_smoke_sweep_fits_the_standard_library():

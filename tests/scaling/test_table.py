@@ -1,0 +1,240 @@
+"""Tables of runs: what is read, what is refused, and that every row left out has a named reason."""
+
+import hashlib
+
+import numpy as np
+import pytest
+
+from jaxlm.errors import UserError
+from jaxlm.scaling.table import groups, parse_columns, read_table, select, where_mask
+
+PLAIN = "params,train_flop,loss_nats,kind\n1e6,1e15,4.0,a\n2e6,2e15,3.5,a\n4e6,4e15,3.2,b\n8e6,9e15,9.0,b\n"
+ROLES = {"N": "params", "C": "train_flop", "loss": "loss_nats"}
+
+
+@pytest.fixture
+def table(tmp_path):
+    def write(text, name="t.csv"):
+        path = tmp_path / name
+        path.write_text(text)
+        return read_table(path)
+
+    return write
+
+
+def test_tokens_come_from_the_identity_and_the_note_says_so(table):
+    points, excluded, notes = select(table(PLAIN), ROLES)
+    np.testing.assert_allclose(points.D, points.C / (6 * points.N), rtol=1e-15)
+    assert excluded == []
+    assert notes == ["the table gives no tokens: D = C/(6N)"]
+    assert points.rows.tolist() == [0, 1, 2, 3]
+
+
+def test_given_tokens_are_used_and_flops_derived(table):
+    t = table("n,d,loss\n1e6,1e8,3\n2e6,1e8,2.5\n")
+    points, _, notes = select(t, {"N": "n", "D": "d"})
+    assert points.D.tolist() == [1e8, 1e8]
+    np.testing.assert_allclose(points.C, [6e14, 1.2e15])
+    assert notes == ["the table gives no FLOPs: C = 6ND"]
+
+
+def test_every_row_left_out_has_its_rule(table):
+    text = PLAIN + "nan,1e15,3,a\n1e6,1e15,-1,a\n1e6,,3,a\n"
+    points, excluded, _ = select(
+        table(text), ROLES, where="kind in ('a', 'b') and C > 1.5e15", drop_highest=1
+    )
+    assert [(e.row, e.rule) for e in excluded] == [
+        (0, "where"),
+        (3, "drop_highest"),
+        (4, "value"),
+        (5, "value"),
+        (6, "value"),
+    ]
+    assert excluded[1].detail == "loss=9"
+    assert excluded[2].detail == "N=nan"
+    assert points.L.tolist() == [3.5, 3.2]
+    assert points.rows.tolist() == [1, 2]
+
+
+def test_the_highest_are_dropped_after_the_other_rules(table):
+    """Rows that are out anyway do not count as the highest."""
+    points, _, _ = select(table(PLAIN), ROLES, where="loss < 9", drop_highest=1)
+    assert points.L.tolist() == [3.5, 3.2]
+
+
+def test_our_own_table_needs_no_columns_and_names_its_exclusions(table):
+    text = (
+        "id,config_hash,status,exclude,detail,n_total,tokens,flops_exact,loss,unique_tokens,seed\n"
+        "a,x,finished,,,1e5,1e7,7e12,3.0,1e8,0\n"
+        "b,x,finished,diverged,twice its neighbours,1e5,1e7,7e12,6.0,1e8,0\n"
+        "c,x,running,,,1e5,1e7,7e12,3.1,1e8,1\n"
+        "d,x,finished,,,2e5,1e7,1.4e13,2.9,1e8,1\n"
+    )
+    points, excluded, notes = select(table(text), {})
+    assert points.C.tolist() == [7e12, 1.4e13]
+    assert points.extra["U"].tolist() == [1e8, 1e8]
+    assert points.extra["seed"].tolist() == [0, 1]
+    assert [(e.row, e.rule, e.detail) for e in excluded] == [
+        (1, "diverged", "twice its neighbours"),
+        (2, "status", "running"),
+    ]
+    assert notes == []
+    everything, _, _ = select(table(text), {}, drop_status=False)
+    assert len(everything) == 4
+
+
+def test_a_foreign_tokens_column_is_not_taken_unasked(table):
+    """`N=..,C=..` means D = C/(6N), whatever else the table holds."""
+    t = table("params,flop,tokens,loss\n1e6,6e14,777,3\n2e6,6e14,777,2\n")
+    assert select(t, {"N": "params", "C": "flop"})[0].D.tolist() == [1e8, 5e7]
+
+
+def test_blocks_may_be_strings_and_sigma_is_checked(table):
+    t = table("n,d,l,trunk,s\n1,1,3,x,.1\n2,1,3,y,.1\n3,1,3,x,0\n")
+    points, excluded, _ = select(t, {"N": "n", "D": "d", "loss": "l", "block": "trunk", "sigma": "s"})
+    assert points.block.tolist() == [0, 1]
+    assert [(e.row, e.rule, e.detail) for e in excluded] == [(2, "value", "sigma=0")]
+
+
+def test_a_law_of_another_column_needs_no_loss(table):
+    points, _, _ = select(
+        table("b,s\n8,100\n16,60\n"), {"batch": "b", "steps": "s"}, needs=("batch", "steps")
+    )
+    assert np.isnan(points.L).all()
+    assert points.extra["steps"].tolist() == [100, 60]
+
+
+def test_groups_keep_their_row_numbers(table):
+    parts = groups(table(PLAIN), "kind")
+    assert {k: v.rows.tolist() for k, v in parts.items()} == {"a": [0, 1], "b": [2, 3]}
+    assert select(parts["b"], ROLES)[0].rows.tolist() == [2, 3]
+
+
+def test_parquet_reads_as_csv_does(table, tmp_path):
+    pytest.importorskip("pyarrow")
+    import pyarrow
+    from pyarrow import parquet
+
+    columns = {
+        "params": [10**6, 2 * 10**6],
+        "train_flop": [1e15, None],
+        "loss_nats": [4.0, 3.0],
+        "kind": ["a", "b"],
+    }
+    parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
+    points, excluded, _ = select(read_table(tmp_path / "t.parquet"), ROLES, where="kind != 'z'")
+    assert points.N.tolist() == [1e6]
+    assert [(e.row, e.rule) for e in excluded] == [(1, "value")]
+
+
+def test_the_hash_is_of_the_file(tmp_path):
+    (tmp_path / "t.csv").write_bytes(b"\xef\xbb\xbf" + PLAIN.replace("\n", "\r\n").encode())
+    t = read_table(tmp_path / "t.csv")
+    assert t.sha256 == hashlib.sha256((tmp_path / "t.csv").read_bytes()).hexdigest()
+    assert list(t.columns) == ["params", "train_flop", "loss_nats", "kind"]  # no byte order mark
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "empty"),
+        ("a,b\n", "no rows"),
+        ("a,a\n1,2\n", "'a' twice"),
+        ("a,b\n1,2,3\n", "line 2: 3 cells under 2"),
+        ("1,2\n3,4\n", "no header"),
+        ('a,b\n"1,2\n', "not a CSV"),
+        ("a,b\n1,\0\n", "zero bytes"),
+    ],
+)
+def test_what_is_no_table_is_refused(table, text, said):
+    with pytest.raises(UserError, match=said):
+        table(text)
+
+
+def test_other_files_are_refused(tmp_path):
+    with pytest.raises(UserError, match="not a file"):
+        read_table(tmp_path)
+    (tmp_path / "x.csv").write_bytes(b"a,b\n\xff\xfe,1\n")
+    with pytest.raises(UserError, match="not text in UTF-8"):
+        read_table(tmp_path / "x.csv")
+    (tmp_path / "x.parquet").write_bytes(b"a,b\n1,2\n")
+    with pytest.raises(UserError, match="not a Parquet file"):
+        read_table(tmp_path / "x.parquet")
+
+
+@pytest.mark.parametrize(
+    ("roles", "options", "said"),
+    [
+        (
+            {"N": "parms", "C": "train_flop", "loss": "loss_nats"},
+            {},
+            "no column 'parms'; did you mean 'params'",
+        ),
+        (
+            {"N": "kind", "C": "train_flop", "loss": "loss_nats"},
+            {},
+            "column 'kind', row 0: 'a' is not a number",
+        ),
+        ({"N": "params", "loss": "loss_nats"}, {}, "needs D"),
+        ({"C": "train_flop", "loss": "loss_nats"}, {}, "needs N .*--columns=N=params"),
+        ({"N": "params", "C": "train_flop"}, {}, "needs loss"),
+        (ROLES, {"where": "C > 1e30"}, "none of 4 rows is left: 4 by the rule 'where'"),
+        (ROLES, {"where": "c < 1"}, "no column 'c'"),
+        (ROLES, {"drop_highest": -1}, "must not be negative"),
+    ],
+)
+def test_refusals_of_a_selection(table, roles, options, said):
+    with pytest.raises(UserError, match=said):
+        select(table(PLAIN), roles, **options)
+
+
+def test_parse_columns_refuses_nonsense():
+    assert parse_columns("N=a,L=b") == {"N": "a", "loss": "b"}
+    for text in ("N", "N=", "=a", "N=a,N=b"):
+        with pytest.raises(UserError):
+            parse_columns(text)
+
+
+COLUMNS = {"C": np.array([1.0, 2, 3]), "N": np.array([3.0, 2, 1]), "kind": np.array(["a", "b", "a"])}
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("C < 2", [1, 0, 0]),
+        ("1 < C <= 3", [0, 1, 1]),
+        ("not C == 2", [1, 0, 1]),
+        ("C*N == 3 or kind == 'b'", [1, 1, 1]),
+        ("-C + 2**2 > N/1 - 1 and C % 2 == 1", [1, 0, 1]),
+        ("kind not in ['a']", [0, 1, 0]),
+        ("C in (1, 3)", [1, 0, 1]),
+    ],
+)
+def test_where_is_arithmetic_over_columns(text, want):
+    assert where_mask(text, COLUMNS).tolist() == [bool(v) for v in want]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "__import__('os').system('true')",
+        "C.__class__",
+        "C[0] > 1",
+        "[c for c in (1,2)]",
+        "lambda: 1",
+        "(C := 1) > 0",
+        "C",
+        "C and N",
+        "C < 'a'",
+        "kind < C",
+        "C <",
+        "C in N",
+        "'%s' % C == 'a'",
+        "",
+        "-kind == 'a'",
+        "2**9**9**9 > C",
+    ],
+)
+def test_where_refuses_everything_else(text):
+    with pytest.raises(UserError, match="--where"):
+        where_mask(text, COLUMNS)
