@@ -180,11 +180,11 @@ def _placed(message: str, path: str) -> str:
     return f"{path}: {message}"
 
 
-def _elsewhere(key: str, names: list[str]) -> str:
+def _elsewhere(key: str, names: list[str], cls: type | None = None) -> str:
     """Where else in a RunConfig a field of that name stands, when it is not misspelt but misplaced."""
     if difflib.get_close_matches(key, names, n=1, cutoff=0.6):
         return ""
-    places = [name for name in field_names() if name.rsplit(".", 1)[-1] == key]
+    places = [name for name in field_names(cls or RunConfig) if name.rsplit(".", 1)[-1] == key]
     return f"; did you mean {' or '.join(repr(p) for p in places)}?" if places else ""
 
 
@@ -209,7 +209,7 @@ def check_name(name: str, cls: type = RunConfig) -> None:
         if part not in names:
             close = difflib.get_close_matches(part, names, n=1, cutoff=0.6)
             near = "; did you mean " + repr(".".join([*parts[:i], close[0]])) + "?" if close else ""
-            raise UserError(f"config: unknown key {place}{near or _elsewhere(part, names)}")
+            raise UserError(f"config: unknown key {place}{near or _elsewhere(part, names, cls)}")
         inner = hints[part]
         if i + 1 < len(parts) and not dataclasses.is_dataclass(inner):
             raise UserError(

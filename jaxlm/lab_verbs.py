@@ -164,6 +164,7 @@ def _predict_flags(values: flags.FlagValues) -> None:
     _real(values, "budget", 0.0, "training FLOPs to predict for", 0)
     _whole(values, "next", 0, "recommend so many runs that would narrow N* at the budget most")
     _real(values, "level", 0.95, "of the intervals")
+    flags.DEFINE_multi_string("at", [], "another input of the law, such as U=1e9", flag_values=values)
     _switch(values, "json", False, "print JSON")
 
 
@@ -171,10 +172,11 @@ def _predict(values: flags.FlagValues, positional: Sequence[str], config: Any) -
     no_positional("predict", positional)
     need(values, "predict", "fit", "budget")
     _need_extra("predict")
+    from jaxlm.scaling.fit import parse_pairs
     from jaxlm.scaling.predict import predict_command
 
     options = dict(next_count=values.next, level=values.level, as_json=values.json)
-    predict_command(values.fit, values.budget, **options)
+    predict_command(values.fit, values.budget, **options, **parse_pairs(values.at, "--at"))
     return 0
 
 

@@ -106,6 +106,8 @@ def read_library(root: pathlib.Path, with_tests: bool = False) -> dict[str, str]
     texts, left_out = {}, NOT_LIBRARY if with_tests else NOT_LIBRARY | TESTS
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
+        if TESTS.intersection(parts) and any(p.removeprefix("test_") in HELDOUT_MODULES for p in parts):
+            continue  # the tests of what is held out quote it
         text = None if left_out.intersection(parts) else decode(path.read_bytes())
         if text:
             texts[".".join(parts)] = text
@@ -206,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
     for split, purpose in (("train", "to train on"), ("heldout", "held out")):
         texts, size = facts[f"{split}_texts"], facts[f"{split}_bytes"] / 1e6
         print(f"{flags.out / split}: {texts} texts, {size:.2f} MB {purpose} ({facts['source']})")
-    if facts["source"] == "library":
+    if facts["source"] == "library" and flags.source != "library":
         print(NOTICE.format(out=flags.out), flush=True)
     return 0
 

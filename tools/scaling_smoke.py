@@ -9,6 +9,7 @@ ways, predicts the loss at four times the largest budget, trains that model, and
 import argparse
 import csv
 import json
+import os
 import pathlib
 import shlex
 import subprocess
@@ -25,7 +26,12 @@ def run(*words: str, quiet: bool = False) -> str:
         [sys.executable, "-m", "jaxlm", *words[1:]] if words[0] == "jaxlm" else [sys.executable, *words[1:]]
     )
     done = subprocess.run(
-        program, cwd=ROOT, stdout=subprocess.PIPE if quiet else None, text=True, check=False
+        program,
+        cwd=ROOT,
+        stdout=subprocess.PIPE if quiet else None,
+        text=True,
+        check=False,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
     )
     if done.returncode:
         sys.exit(done.returncode)
@@ -41,7 +47,9 @@ def rows(workdir: str, role: str) -> list[dict[str, str]]:
 def best_lr(workdir: str) -> float:
     """The learning rate of the lowest loss, of all runs at the size that was tuned."""
     with (ROOT / workdir / "table.csv").open() as file:
-        tuned = [row for row in csv.DictReader(file) if "tune" in row["plan"].split("+")]
+        tuned = [row for row in csv.DictReader(file) if "tune" in row["plan"].split("+") and row["loss"]]
+    if not tuned:
+        sys.exit(f"no run that tunes the learning rate has finished in {workdir}; see its table.csv")
     best = min(tuned, key=lambda row: float(row["loss"]))
     rates = sorted(float(row["lr"]) for row in tuned)
     lr = float(best["lr"])

@@ -34,5 +34,5 @@ def get_config(part: str = "grid") -> ConfigDict:
     config.run.data.eval = "data/markov/heldout/*.txt"
     grid = config.grid
     grid.budgets = (1e11, 3e11, 1e12, 3e12)
-    grid.centers = (20e3, 35e3, 60e3, 105e3)
+    grid.centers = (22e3, 45e3, 90e3, 170e3)
     return config

@@ -306,6 +306,7 @@ class Context:
     allowed_BTS: Bool[Array, "B T S"] | None = None  # a further mask, for example of a prefix LM
     rotation: dict[str, tuple[Array, Array]] | None = None  # layer kind -> (cos, sin)
     bias: Callable[[Array, Array], Array] | None = None  # (q positions, k positions) -> bias_BNTS
+    ordered: bool = True  # positions grow along every document, see `Mask`
     memory_BSD: Float[Array, "B S D"] | None = None
     memory_segments_BS: Int[Array, "B S"] | None = None
 
@@ -373,7 +374,7 @@ class Attention(nn.Module):
                 self.causal,
                 self.window,
                 ctx.allowed_BTS,
-                ordered=True,
+                ordered=ctx.ordered,
             )
         else:
             k_BSKH, v_BSKH, mask, cache = self._through_cache(k_BSKH, v_BSKH, ctx, cache)

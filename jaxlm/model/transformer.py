@@ -9,6 +9,7 @@ Linen stops at the block. Above it everything is plain JAX over a nested dict of
     head/w [D, V]                 untied models
 """
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -293,8 +294,8 @@ def apply(
         segments_BT: document number of each token, 0 = padding; tokens see their own document only. With a
         cache,
             0 marks columns that are not written; a row of a cache is one document.
-        positions_BT: position in the document, from 0; default the column. Without a cache they must grow
-            along a document: a causal query is not compared with later columns.
+        positions_BT: position in the document, from 0; default the column. With segments they must grow along
+            a document: a causal query is not compared with later columns then.
         allowed_BTS: a further mask (training and prefill without a cache).
         cache: as made by `init_cache`; the call's keys and values are written at `positions_BT`.
         key: for dropout; None = no dropout.
@@ -304,6 +305,7 @@ def apply(
         is a sum to be added to the loss sum, and the rest are metrics as (sum, weight).
     """
     B, T = tokens_BT.shape
+    ordered = positions_BT is None or segments_BT is not None  # rows without documents may hold any positions
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     if cfg.position.kind == "learned" and cfg.position.max_length < T:
@@ -312,6 +314,7 @@ def apply(
         )
     bias_table = params["position_bias"]["table"] if cfg.position.kind == "t5" else None
     ctx = _context(cfg, positions_BT, segments_BT, allowed_BTS, bias_table)
+    ctx = dataclasses.replace(ctx, ordered=ordered)
     embed_key, stack_key = (None, None) if key is None else jax.random.split(key)
     x_BTD = dropout(embed(cfg, params, tokens_BT, positions_BT), cfg.dropout, embed_key)
 

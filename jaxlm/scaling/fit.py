@@ -5,6 +5,7 @@ This module stands to the right of the methods, the diagnostics and the figures;
 """
 
 import dataclasses
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from jaxlm import __version__
 from jaxlm.errors import UserError, check, check_choice
 from jaxlm.scaling import diagnostics, optima, solve, table, uncertainty
 from jaxlm.scaling.laws import get_law
-from jaxlm.scaling.problem import TINY, Problem, make_problem
+from jaxlm.scaling.problem import OBJECTIVES, TINY, Problem, make_problem
 from jaxlm.scaling.record import SURFACES, Fit, load_fit, optimum, predict_loss, save_fit
 from jaxlm.scaling.table import Points
 from jaxlm.scaling.varpro import solve_varpro
@@ -54,7 +55,8 @@ def run_fit(
 
     Args:
       points: what `table.select` returned.
-      law: a name in `laws.LAWS`; the methods that fit lines to optima (envelope, parabola, akima, robust) have none.
+      law: a name in `laws.LAWS`; the methods that fit lines to optima (envelope, parabola, akima, robust)
+        have none.
       method: one of METHODS.
       objective: huber | lad | mse | log_mse, of surface and varpro.
       delta: of huber, in log loss.
@@ -76,6 +78,8 @@ def run_fit(
     check(starts >= 1, f"starts={starts} must be at least 1")
     check(draws >= 0 and draws != 1, f"draws={draws} must be 0 or at least 2")
     check(seed >= 0, f"seed={seed} must not be negative")
+    check_choice(objective, OBJECTIVES, "objective")
+    check(delta > 0, f"delta={delta:g} must be positive")
     labels, notes = None, []
     if block and points.block is None:
         labels = np.unique(points.N, return_inverse=True)[1].astype(np.int64)
@@ -84,6 +88,8 @@ def run_fit(
         labels = points.block
     if method in SURFACES:
         options = dict(starts=starts, draws=draws, seed=seed, level=level, profile=profile)
+        free = len(get_law(law).names) - len(fixed) - len(ties)
+        diagnostics.require(len(points), free, f"law={law!r}")
         problem = make_problem(points, law, objective, delta, fixed=fixed, ties=ties, bounds=bounds)
         fit = _fit_surface(points, problem, law, method, labels, **options)
         kept = dict(fixed=dict(fixed), ties=list(ties), bounds={k: list(v) for k, v in bounds.items()})
@@ -91,6 +97,9 @@ def run_fit(
     else:
         unused = [name for name, given in (("fixed", fixed), ("ties", ties), ("bounds", bounds)) if given]
         check(not unused, f"method={method!r} fits lines to optima and takes no {', '.join(unused)}")
+        for name in "NDCL":
+            good = np.isfinite(getattr(points, name)).all()
+            check(bool(good), f"method={method!r} needs {name} of every run: name its column in --columns")
         given = points if labels is None else dataclasses.replace(points, block=labels)
         common = dict(draws=draws, seed=seed, level=level)
         if method == "envelope":
@@ -223,7 +232,8 @@ def _at_bounds(problem: Problem, phi: np.ndarray) -> list[str]:
 def _profiles(
     problem: Problem, phi: np.ndarray, shape: uncertainty.Curvature, level: float
 ) -> tuple[dict[str, dict], np.ndarray | None]:
-    """The profile of every parameter with a coordinate of its own; a phi with a lower objective, if one is met."""
+    """The profile of every parameter with a coordinate of its own; a phi with a lower objective, if one is
+    met."""
     rise = shape.cutoff * float(stats.f.ppf(level, 1, shape.dof))
     out, better = {}, None
     if rise <= 1e-20 * len(problem.y):
@@ -264,9 +274,13 @@ def _intervals(
         kinds = {}
         if len(draws) >= 2:
             good = draws[np.isfinite(draws)]
-            kinds["bootstrap"] = uncertainty.percentile_interval(good, level)
+            if len(good) >= 2:
+                kinds["bootstrap"] = uncertainty.percentile_interval(good, level)
         for kind in ("gauss_newton", "sandwich"):
-            error = float(np.sqrt(slope @ getattr(shape, kind) @ slope))
+            variance = float(slope @ getattr(shape, kind) @ slope)
+            if not (np.isfinite(variance) and variance >= 0):
+                continue  # a direction that no run constrains: no interval, and not one of no width
+            error = float(np.sqrt(variance))
             ends = uncertainty.delta_interval(float(value), error, shape.dof, level, positive)
             low, high = law.limits.get(name, (-np.inf, np.inf)) if name not in law.logs else (0.0, np.inf)
             kinds[kind] = [max(ends[0], low), min(ends[1], high)]
@@ -335,8 +349,10 @@ def fit_command(
 ) -> list[Fit]:
     """Fits the runs of a table, writes `out`/fit.json and pictures, prints what was found.
 
-    With method='all' every method writes to `out`/METHOD, the first that succeeds (surface, if it does) to `out`
-    too; with a group column every group writes to `out`/GROUP. A method or group that is refused is printed as
+    With method='all' every method writes to `out`/METHOD, the first that succeeds (surface, if it does) to
+    `out`
+    too; with a group column every group writes to `out`/GROUP. A method or group that is refused is
+    printed as
     such, and is an error where nothing is left.
 
     Args:
@@ -356,6 +372,7 @@ def fit_command(
     fixed, bounds = parse_pairs(fix, "--fix"), parse_bounds(bound)
     ties = [part.strip() for text in tie for part in text.split(",") if part.strip()]
     roles = table.parse_columns(columns)
+    check(block != "N" or "block" not in roles, "--block=N and --columns=block=... disagree: keep one")
     if block and block != "N":
         check(
             "block" not in roles or roles["block"] == block,
@@ -367,13 +384,23 @@ def fit_command(
     needs = tuple(dict.fromkeys([*form.inputs, form.target]))
     if method not in ("all", *SURFACES):
         needs = ("N", "D", "C", "L")
-    methods = METHODS if method == "all" else (method,)
+    of_n_and_d = form.target == "L" and {"N", "D"} <= set(form.inputs)
+    methods = (method,) if method != "all" else METHODS if of_n_and_d else SURFACES
+    if method == "all" and of_n_and_d:
+        needs = tuple(dict.fromkeys([*needs, "C"]))
     settings = dict(objective=objective, delta=delta, starts=starts, draws=draws, seed=seed, level=level)
     settings |= dict(profile=profile, block=bool(block), fixed=fixed, ties=ties, bounds=bounds)
+    names = [_folder_name(label) for label in parts]
+    for label, name in zip(parts, names, strict=True):
+        check(
+            names.count(name) == 1,
+            f"--group={group}: another value than {label!r} would share its folder {name!r}",
+        )
+    _make_folder(Path(out))
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     fits, refused = [], []
     for label, part in parts.items():
-        folder = Path(out) / re.sub(r"[^\w.+-]+", "_", label) if label else Path(out)
+        folder = Path(out) / _folder_name(label) if label else Path(out)
         title = f"{group}={label}: " if label else ""
         try:
             points, excluded, notes = table.select(
@@ -423,6 +450,24 @@ def fit_command(
     if not fits:
         raise UserError("nothing was fitted: " + "; ".join(refused))
     return fits
+
+
+def _folder_name(label: str) -> str:
+    """A value of the group column as a folder of its own, never one above.
+
+    >>> _folder_name("../a b")
+    '_a_b'
+    """
+    return re.sub(r"[^\w.+-]+", "_", label).lstrip(".") or "group"
+
+
+def _make_folder(folder: Path) -> None:
+    """What cannot be written to is refused before anything is fitted."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out={folder}: cannot be made ({error.strerror})") from None
+    check(os.access(folder, os.W_OK), f"--out={folder} cannot be written to")
 
 
 def _data(part: table.Table, roles: Mapping[str, str], points: Points, **filters) -> dict:
@@ -484,7 +529,8 @@ def describe(fit: Fit, title: str) -> list:
         same = sum(abs(s["gap"]) <= SAME * abs(fit.value) + 1e-25 for s in fit.starts)
         size = f" delta={fit.delta:g}" if fit.objective == "huber" else ""
         lines.append(
-            f"objective {fit.objective}{size}: {fit.value:.10g} summed over points; {same} of {len(fit.starts)} "
+            f"objective {fit.objective}{size}: {fit.value:.10g} summed over points; {same} of "
+            f"{len(fit.starts)} "
             f"starts end within {SAME:g} of it"
         )
     kind = fit.bootstrap.get("kind", "")

@@ -50,7 +50,8 @@ class Law:
 
 
 def features(inputs: Inputs) -> dict[str, np.ndarray]:
-    """What the forms read: logarithms of N, D, C, U ..., of M = D/N and density = 1 - sparsity; L as it is."""
+    """What the forms read: logarithms of N, D, C, U ..., of M = D/N and density = 1 - sparsity; L as it
+    is."""
     arrays = {name: np.atleast_1d(np.asarray(v, float)) for name, v in inputs.items()}
     x = {name: np.log(v) for name, v in arrays.items() if name not in ("L", "sparsity")}
     if "N" in x and "D" in x:
@@ -92,7 +93,8 @@ def get_law(name: str) -> Law:
 
 
 def predict(law: Law, p: Params, inputs: Inputs) -> Array:
-    """The law's value at inputs that broadcast together; `UserError` where an input is missing or not positive."""
+    """The law's value at inputs that broadcast together; `UserError` where an input is missing or not
+    positive."""
     missing = [name for name in law.inputs if name not in inputs]
     check(not missing, f"the law needs {', '.join(missing)} too: {law.formula}")
     arrays = np.broadcast_arrays(*(np.asarray(inputs[name], float) for name in law.inputs))
@@ -114,8 +116,13 @@ def optimum(
 ) -> tuple[Array, Array]:
     """N* and D* of least loss at these FLOPs, with C = flops_per_param_token N D.
 
-    Closed form where the law has one, else minimised over log N to about 1e-8. `extra` holds the other inputs, one
-    value each (U, sparsity, ...). Raises `UserError` where the law has no optimum or it is not inside 1 <= N <= C.
+    Closed form where the law has one, else the lowest minimum inside 1 <= N <= N D, to about 1e-8 of log
+    N: farseer
+    falls again at sizes far outside any data. `extra` holds the other inputs, one value each (U, sparsity,
+    ...).
+
+    Raises:
+      UserError: the law has no optimum, or none in the interior.
     """
     check(bool(law.compute), f"this law has no compute optimum: {law.formula}")
     c = np.asarray(compute, float)
@@ -135,8 +142,10 @@ def optimum(
             return predict(law, p, inputs)
 
         grid = np.linspace(0, np.log(nd), 1001)
-        at = int(np.argmin(loss(grid)))
-        check(0 < at < len(grid) - 1, f"no interior optimum at N D = {nd:.6g}: the loss falls to the edge")
+        values = loss(grid)
+        inner = 1 + np.flatnonzero((values[1:-1] < values[:-2]) & (values[1:-1] < values[2:]))
+        check(len(inner) > 0, f"no interior optimum at N D = {nd:.6g}: the loss falls to the edge")
+        at = int(inner[np.argmin(values[inner])])
         found = minimize_scalar(
             lambda u: float(loss(np.array([u]))[0]),
             bounds=(grid[at - 1], grid[at + 1]),
@@ -155,7 +164,8 @@ def _indexed(names: tuple[str, ...], logs: tuple[str, ...], terms: Terms) -> lis
 
 
 def _sum(formula: str, names: str, inputs: str, terms: Terms, grid: tuple = (), **options) -> Law:
-    """A law that is a sum of coefficients times powers; every coefficient but E is positive by its logarithm."""
+    """A law that is a sum of coefficients times powers; every coefficient but E is positive by its
+    logarithm."""
     order = tuple(names.split())
     logs = tuple(c for c, _ in terms if c != "E")
     form = functools.partial(_sum_form, terms=_indexed(order, logs, terms))

@@ -20,7 +20,6 @@ from jaxlm.scaling.design_checks import Found, found
 from jaxlm.scaling.laws import features, get_law, to_coordinates
 from jaxlm.scaling.lines import Refusal, percentiles
 from jaxlm.scaling.record import Fit, flops_per_param_token, load_fit
-from jaxlm.scaling.uncertainty import percentile_interval
 
 Array = np.ndarray
 LINES = ("envelope", "parabola", "akima", "robust")
@@ -153,19 +152,9 @@ def _loss_line(fit: Fit, budget: float) -> Float64[Array, "S"]:
     return at.get("E_L", 0.0) + np.exp(at["log_kL"] - at["c"] * math.log(budget))
 
 
-def _central(fit: Fit, value: float, draws: Float64[Array, "S"], level: float) -> Estimate:
-    """The central part of the draws: of a surface widened for few runs, as the intervals in fit.json are.
-
-    Lines draw their noise with Student's factor, which does the same.
-    """
-    if fit.method in LINES:
-        ends = percentiles(draws, level)
-    else:
-        block = fit.bootstrap.get("kind") == "block"
-        count = len(np.unique(fit.points["block"])) if block else len(fit.points["C"])
-        free = len(fit.names) - len(fit.settings.get("ties", ()))
-        ends = percentile_interval(draws, level, count, min(free, count - 1))
-    return Estimate(float(value), *ends)
+def _central(value: float, draws: Float64[Array, "S"], level: float) -> Estimate:
+    """The central part of the draws, as the intervals in fit.json are."""
+    return Estimate(float(value), *percentiles(draws, level))
 
 
 def _noisy(rows: Float64[Array, "S"], sigma: float) -> Float64[Array, "Z"]:
@@ -181,7 +170,7 @@ def loss_interval(
     What a held-out run is judged by. Raises `Refusal` as `surface` does.
     """
     values = surface(fit, np.atleast_1d(np.asarray(N, float)), np.atleast_1d(np.asarray(D, float)), **extra)
-    return [_central(fit, column[0], _noisy(column[1:], fit.sigma), level) for column in values.T]
+    return [_central(column[0], _noisy(column[1:], fit.sigma), level) for column in values.T]
 
 
 def _at(fit: Fit, budget: float, level: float, extra: Mapping[str, float]) -> tuple[dict[str, Estimate], int]:
@@ -199,9 +188,9 @@ def _at(fit: Fit, budget: float, level: float, extra: Mapping[str, float]) -> tu
     log_n, log_d = log_n[good], log_d[good]
     out = {}
     for name, rows in (("N", log_n), ("D", log_d), ("tokens_per_param", log_d - log_n)):
-        out[name] = Estimate(*(math.exp(v) for v in _central(fit, rows[0], rows[1:], level)))
-    out["L_law"] = _central(fit, loss[0], loss[1:], level)
-    out["L"] = _central(fit, loss[0], _noisy(loss[1:], fit.sigma), level)
+        out[name] = Estimate(*(math.exp(v) for v in _central(rows[0], rows[1:], level)))
+    out["L_law"] = _central(loss[0], loss[1:], level)
+    out["L"] = _central(loss[0], _noisy(loss[1:], fit.sigma), level)
     return out, int(good.sum()) - 1
 
 

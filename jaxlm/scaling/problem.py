@@ -7,7 +7,8 @@ The objective is `sum over runs of w rho(r)`, with r = log f - log y (or f - y f
     mse, log_mse    r^2
 
 Weights are 1 / sigma^2 of the residual, scaled to mean 1, so that delta keeps its meaning. Free coordinates
-`phi` are an affine image of the law's coordinates, z = offset + basis phi: that centres the coefficients, fixes
+`phi` are an affine image of the law's coordinates, z = offset + basis phi: that centres the coefficients,
+fixes
 parameters and ties them. Objectives are of order 1e-3 and less: every solver sees them divided by delta.
 """
 
@@ -68,7 +69,8 @@ class Problem:
     def pinned(self, index: int) -> tuple["Problem", Array, Array]:
         """The problem with coordinate `index` of z held, for profiles.
 
-        Returns the problem without that freedom (its offset is that of z[index] = 0), the change of the offset
+        Returns the problem without that freedom (its offset is that of z[index] = 0), the change of the
+        offset
         by a unit of z[index], and the positions in phi that stay free.
         """
         row = self.basis[index]
@@ -101,9 +103,9 @@ def make_problem(
     objective: str = "huber",
     delta: float = 1e-3,
     *,
-    fixed: Mapping[str, float] = {},  # noqa: B006  never written to
+    fixed: Mapping[str, float] = {},
     ties: Sequence[str] = (),
-    bounds: Mapping[str, tuple[float, float]] = {},  # noqa: B006
+    bounds: Mapping[str, tuple[float, float]] = {},
 ) -> Problem:
     """The problem of fitting a law to points.
 

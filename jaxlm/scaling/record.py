@@ -1,6 +1,7 @@
 """What a fit leaves behind: `Fit`, the file `fit.json` that holds exactly this, and what can be asked of it.
 
-`jaxlm.scaling.fit`, which makes fits, stands to the right of the methods, the diagnostics and the figures, and
+`jaxlm.scaling.fit`, which makes fits, stands to the right of the methods, the diagnostics and the figures,
+and
 those read fits: hence this module of its own.
 """
 
@@ -57,7 +58,8 @@ class Fit:
 
 
 def flops_per_param_token(fit: Fit) -> float:
-    """k of C = k N D: the geometric mean of C/(N D) over the fit's points in the top decade of C; 6 without points.
+    """k of C = k N D: the geometric mean of C/(N D) over the fit's points in the top decade of C; 6
+    without points.
 
     Exactly 6 where the table defines D or C by the identity.
     """
@@ -134,7 +136,8 @@ def _plain(tree):
 
 
 def save_fit(fit: Fit, directory: str | Path) -> Path:
-    """Writes `directory`/fit.json, whole or not at all; numbers at 17 digits, so that they read back to the bit."""
+    """Writes `directory`/fit.json, whole or not at all; numbers at 17 digits, so that they read back to
+    the bit."""
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -168,7 +171,7 @@ def load_fit(path: str | Path) -> Fit:
     check(path.is_file(), f"no fit at {str(path)!r}")
     try:
         tree = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{str(path)!r} is not a fit.json: {error}") from None
     names = {f.name for f in dataclasses.fields(Fit)}
     need = {"format", "law", "method", "objective", "delta", "parameters"}
@@ -179,10 +182,22 @@ def load_fit(path: str | Path) -> Fit:
         check(name in names, f"{str(path)!r}: unknown entry {name!r}{nearest(name, names)}")
     if tree["law"] != "power":
         laws.get_law(tree["law"])
+    methods = (*SURFACES, "envelope", "parabola", "akima", "robust")
+    check(
+        tree["method"] in methods,
+        f"{str(path)!r}: method {tree['method']!r} is not one of {', '.join(methods)}",
+    )
+    kinds = {"parameters": dict, "points": dict, "draws": list, "names": list, "intervals": dict}
+    for part, kind in kinds.items():
+        check(isinstance(tree.get(part, kind()), kind), f"{str(path)!r}: {part} is not a {kind.__name__}")
     tree["names"] = tuple(tree.get("names", ()))
+    absent = set(tree["names"]) - set(tree["parameters"])
+    check(not absent, f"{str(path)!r} names {', '.join(sorted(absent))}, but has no value for it")
+    short = any(len(draw) != len(tree["names"]) for draw in tree.get("draws", ()))
+    check(not short, f"{str(path)!r}: a draw has another length than names")
     for part in ("parameters", "derived"):
         tree[part] = {name: _nan(v) for name, v in tree.get(part, {}).items()}
-    for part in ("draws", "residuals", "points"):
+    for part in ("draws", "residuals", "points", "intervals", "covariance", "profile"):
         if part in tree:
             tree[part] = _nan(tree[part])
     return Fit(**tree)

@@ -1,4 +1,5 @@
-"""Tables of runs: reading, columns by role, filters, and a named rule for every row that a fit does not see."""
+"""Tables of runs: reading, columns by role, filters, and a named rule for every row that a fit does not
+see."""
 
 import ast
 import csv
@@ -177,7 +178,8 @@ def parse_columns(text: str) -> dict[str, str]:
 def resolve(table: Table, columns: Mapping[str, str]) -> dict[str, str]:
     """Role -> column of the table: what is asked for, and what our own tables call the rest.
 
-    A role of N, D, C that is not asked for is looked up only where none of the three is: a foreign table whose
+    A role of N, D, C that is not asked for is looked up only where none of the three is: a foreign table
+      whose
     tokens column happens to be called as ours must not change what `N=..,C=..` means.
     """
     out = dict(columns)
@@ -202,7 +204,9 @@ def numeric(table: Table, column: str) -> Float64[np.ndarray, "R"]:
         return values
     for row, cell in zip(table.rows, values, strict=True):
         if _number(cell) is None:
-            raise UserError(f"table {table.path!r}, column {column!r}, row {row}: {cell!r} is not a number")
+            raise UserError(
+                f"table {table.path!r}, column {column!r}, row {row}: {str(cell)!r} is not a number"
+            )
     return np.array([_number(cell) for cell in values], float)
 
 
@@ -243,7 +247,8 @@ _COMPARE: dict[type, Callable] = {
 def where_mask(text: str, columns: Mapping[str, np.ndarray]) -> np.ndarray:
     """Rows for which an expression over columns holds: comparisons, and/or/not, arithmetic, `in`; no calls.
 
-    >>> where_mask("C < 1e21 and kind in ('a', 'b')", {"C": np.array([1e20, 1e22]), "kind": np.array(["a", "a"])})
+    >>> where_mask("C < 1e21 and kind in ('a', 'b')", {"C": np.array([1e20, 1e22]), "kind": np.array(["a",
+    "a"])})
     array([ True, False])
     """
     try:
@@ -268,9 +273,9 @@ def where_mask(text: str, columns: Mapping[str, np.ndarray]) -> np.ndarray:
             case ast.UnaryOp(op=ast.Not(), operand=operand):
                 return ~truth(operand)
             case ast.UnaryOp(op=ast.USub(), operand=operand):
-                return operator.neg(visit(operand))
+                return -number(operand)
             case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
-                return _BINARY[type(op)](visit(left), visit(right))
+                return _BINARY[type(op)](number(left), number(right))
             case ast.Compare(left=left, ops=ops, comparators=others):
                 out = np.ones(count, bool)
                 for op, right in zip(ops, others, strict=True):
@@ -281,9 +286,16 @@ def where_mask(text: str, columns: Mapping[str, np.ndarray]) -> np.ndarray:
                 if name not in columns:
                     raise UserError(f"--where={text!r}: no column {name!r}{nearest(name, columns)}")
                 return columns[name]
-            case ast.Constant(value=value) if isinstance(value, (int, float, str)):
+            case ast.Constant(value=str(value)):
                 return value
+            case ast.Constant(value=float(value) | int(value)):
+                return float(value)  # a power of integers could take for ever
         raise UserError(f"--where={text!r}: {ast.unparse(node)!r} is not allowed here")
+
+    def number(node: ast.expr) -> np.ndarray:
+        value = np.asarray(visit(node))
+        check(value.dtype.kind == "f", f"--where={text!r}: {ast.unparse(node)!r} is not a number")
+        return value
 
     def compare(op: ast.cmpop, left: ast.expr, right: ast.expr) -> np.ndarray:
         if isinstance(op, (ast.In, ast.NotIn)):
@@ -297,7 +309,8 @@ def where_mask(text: str, columns: Mapping[str, np.ndarray]) -> np.ndarray:
         a, b = np.asarray(visit(left)), np.asarray(visit(right))
         check(
             (a.dtype.kind == "U") == (b.dtype.kind == "U"),
-            f"--where={text!r}: {ast.unparse(left)!r} and {ast.unparse(right)!r} are not both numbers or strings",
+            f"--where={text!r}: {ast.unparse(left)!r} and {ast.unparse(right)!r} are not both numbers or "
+            "strings",
         )
         return _COMPARE[type(op)](a, b)
 
@@ -374,18 +387,10 @@ def select(
         for i in np.flatnonzero(~good):
             leave_out(i, "value", f"{role}={v[i]:g}")
     if where:
-        # What --columns names comes first: `C<1e21` means the role even if a column is called C.
-        mask = where_mask(
-            where,
-            {
-                **{"loss": values["L"]},
-                **values,
-                **table.columns,
-                **{r: values["L" if r == "loss" else r] for r in columns if r != "block"},
-            }
-            if "L" in values
-            else {**values, **table.columns, **{r: values[r] for r in columns if r != "block"}},
-        )
+        # What --columns names comes first: `C<1e21` means the role even if another column is called C.
+        asked = {role: values["L" if role == "loss" else role] for role in columns if role != "block"}
+        derived = values | ({"loss": values["L"]} if "L" in values else {})
+        mask = where_mask(where, derived | table.columns | asked)
         for i in np.flatnonzero(~mask):
             leave_out(i, "where", where)
     keep = np.array([i for i in range(count) if i not in gone], int)

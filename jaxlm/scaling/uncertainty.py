@@ -1,13 +1,15 @@
 """How far a fit can be trusted: bootstrap, covariance, profile likelihood, and intervals from each.
 
-With psi = rho', s^2 = sum w psi^2 / (R - F) and m the mean of rho'' (for a kink narrower than the residuals, a
+With psi = rho', s^2 = sum w psi^2 / (R - F) and m the mean of rho'' (for a kink narrower than the
+residuals, a
 window around 0 takes its place), R points and F free parameters:
 
     Gauss-Newton   k^2 s^2 / m^2 (J'WJ)^-1, which is s^2 (J'J)^-1 for least squares
     sandwich       k^2 H^-1 (sum w^2 psi^2 / (1 - h)^2 J J') H^-1, H = sum w rho'' J J', h the leverage (HC3)
     profile        all values whose best objective is within k^2 s^2 / (2 m) F_{1, R-F}(level) of the optimum
 
-with Huber's correction for few points, k = 1 + F/R Var(rho'') / m^2 (Huber 1973, Annals of Statistics 1, 799).
+with Huber's correction for few points, k = 1 + F/R Var(rho'') / m^2 (Huber 1973, Annals of Statistics 1,
+799).
 
 Bootstrap intervals are plain percentiles: over made-up sweeps of 24 and 81 runs they cover 93 to 98%, where
 percentiles widened by Student's factor cover 98 to 100%, since resampled nonlinear fits scatter more already.
@@ -44,7 +46,7 @@ def resamples(count: int, draws: int, seed: int, block: Array | None = None) -> 
     """How often each of `count` runs is drawn, (draws, count): with replacement, whole blocks where given.
 
     >>> resamples(4, 2, 0, np.array([0, 0, 1, 1])).sum(-1)
-    array([4, 4])
+    array([4., 4.])
     """
     rng = np.random.default_rng(seed)
     if block is None:
@@ -59,7 +61,8 @@ def bootstrap(
 ) -> Bootstrap:
     """Refits resampled runs from the optimum phi (F,); block labels (R,) keep runs of one curve together.
 
-    A draw fails if it holds fewer different runs than there are free parameters, or its fit does not converge.
+    A draw fails if it holds fewer different runs than there are free parameters, or its fit does not
+    converge.
     """
     if block is not None:
         labels = len(np.unique(block))
@@ -89,7 +92,7 @@ def _seconds(problem: Problem, r: Array) -> Array:
     if problem.objective in ("mse", "log_mse"):
         return np.full_like(r, 2.0)
     delta = problem.delta if problem.objective == "huber" else 0.0
-    width = max(delta, 1.4826 * float(np.median(np.abs(r))) * len(r) ** -0.2, 1e-12)
+    width = max(delta, 1.4826 * float(np.median(np.abs(r))) * len(r) ** -0.2, float(np.abs(r).min()), 1e-12)
     return (np.abs(r) <= width) * (delta if problem.objective == "huber" else 1.0) / width
 
 
@@ -113,12 +116,13 @@ def curvature(problem: Problem, phi: Array) -> Curvature:
     if not inside.any():
         return Curvature(full[0], full[1], k**2 * s2 / (2 * m), dof)
     j = jac[:, inside]
-    scale = np.maximum(np.linalg.norm(j * np.sqrt(w)[:, None], axis=0), 1e-300)
+    scale = np.linalg.norm(j * np.sqrt(w)[:, None], axis=0)
+    scale = np.maximum(scale, max(1e-12 * float(scale.max()), 1e-60))
     j = j / scale
 
     def invert(each: Array) -> Array:
         values, vectors = np.linalg.eigh(j.T @ ((w * each)[:, None] * j))
-        return (vectors / np.maximum(values, 1e-14 * values.max())) @ vectors.T
+        return (vectors / np.maximum(values, 1e-14 * each.max())) @ vectors.T
 
     # A window around 0 that holds too few runs to span all directions is widened by the mean.
     bread = invert(seconds + 1e-3 * m)
@@ -161,8 +165,10 @@ def profile(
 ) -> tuple[dict[str, list[float] | float], Array]:
     """The best objective at fixed values of one parameter, and the range where it rises by less than `rise`.
 
-    Walks from the optimum to either side in growing multiples of `error` (the standard error of the parameter's
-    coordinate), every refit from the one before, until it is past twice the cut-off, a bound, or 512 errors; there
+    Walks from the optimum to either side in growing multiples of `error` (the standard error of the
+    parameter's
+    coordinate), every refit from the one before, until it is past twice the cut-off, a bound, or 512
+    errors; there
     the interval is open and ends with the grid.
 
     Returns:

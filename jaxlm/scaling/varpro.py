@@ -1,8 +1,10 @@
 """Variable projection: a search over the exponents alone, the coefficients solved for at each.
 
 At given exponents a sum of powers is linear in its coefficients: least squares with coefficients that are not
-negative (NNLS) finds them, and for a robust objective Newton's method takes them on from there. What is left is a
-well-conditioned problem of one or two dimensions, searched on a grid and refined: the cross-check of the surface
+negative (NNLS) finds them, and for a robust objective Newton's method takes them on from there. What is
+left is a
+well-conditioned problem of one or two dimensions, searched on a grid and refined: the cross-check of the
+surface
 fit, which it shares the objective with and nothing of the way.
 """
 
@@ -68,8 +70,8 @@ class Projected:
         moved = np.abs(problem.basis[[at[e] for e in exponents]]).sum(0) > 0
         if moved.sum() > MOST:
             raise UserError(
-                f"method='varpro' searches at most {MOST} exponents, law {law_name!r} has {int(moved.sum())} free "
-                "ones: fix or tie some, or use method='surface'"
+                f"method='varpro' searches at most {MOST} exponents, law {law_name!r} has {int(moved.sum())} "
+                "free ones: fix or tie some, or use method='surface'"
             )
         if not moved.any():
             raise UserError("method='varpro': every exponent is fixed")

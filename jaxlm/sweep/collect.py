@@ -35,9 +35,9 @@ TAIL = 0.05  # the last share of a run over which its training loss is averaged
 RULES = {
     "not_finished": "the run has not finished",
     "diverged": (
-        "the final loss is not finite, is not below the first training loss, or is more than "
-        f"{FAR} times the larger of the best losses at the neighbouring sizes of its budget (and, in a grid "
-        "of learning rates, at its own size)"
+        "the final loss is not finite, is not below the first training loss (a branch: its trunk's), or is "
+        f"more than {FAR} times the larger of the best losses at the neighbouring sizes of its budget (and, "
+        "in a grid of learning rates, at its own size)"
     ),
     "trunk": "a trunk at constant learning rate is no finished run of its length; its branches are",
     "tune": "the run tunes a learning rate or batch; its plan is no sample of the law",
@@ -69,6 +69,9 @@ def collect(workdir: str | Path) -> list[Row]:
     rows = []
     for cell, held in _cells(plans):
         rows.append(_row(store, cell) | {"plan": "+".join(c.plan for c in held), "cell": cell, "held": held})
+    first = {row["id"]: row["loss_first"] for row in rows}
+    for row in rows:  # a branch begins where its trunk has got to, not at the beginning
+        row["loss_first"] = first.get(row["parent"]) if row["parent"] else row["loss_first"]
     _mark(rows)
     labels = sorted({name for row in rows for name in row["cell"].labels})
     for row in rows:

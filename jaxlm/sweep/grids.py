@@ -174,6 +174,13 @@ def _check_rule(run: RunConfig, grid: GridConfig) -> None:
             f"grid.lr_rule='width' on top of run.model.parametrization={parametrization!r} would slow hidden "
             "matrices down twice: set grid.lr_rule='param'",
         )
+    head_dims = {head_dim for _, head_dim in grid.shape.head_dims}
+    check(
+        parametrization == "standard" or run.model.base_head_dim > 0 or len(head_dims) == 1,
+        f"grid.shape.head_dims={grid.shape.head_dims} changes the head size with the width, and "
+        f"run.model.parametrization={parametrization!r} scales attention from that of the base model: set "
+        "run.model.base_head_dim",
+    )
 
 
 # ------------------------------------------------------------------------------------------- one cell's rules

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.config import config_hash
-from jaxlm.errors import UserError
+from jaxlm.errors import UserError, check
 from jaxlm.sweep.claims import Claim, ClaimLost, Claims, Seen, this_process
 from jaxlm.sweep.groups import group_key, saved_step
 from jaxlm.sweep.plan import Cell
@@ -51,6 +51,13 @@ class Conduct:
     max_deaths: int = 5  # workers that may die in a row on one run without a new checkpoint of it
     poll: float = 2.0  # seconds between looks at runs that others hold
     mirror_every: float = 15.0  # seconds between uploads of a run in progress, where S is a URL
+
+    def __post_init__(self) -> None:
+        check(
+            self.stale_after >= 4 * self.heartbeat,
+            f"--stale_after={self.stale_after:g} must be at least {4 * self.heartbeat:g}, four "
+            "heartbeats: a run that compiles or evaluates would be taken from its worker",
+        )
 
 
 class Worker:
@@ -95,7 +102,13 @@ class Worker:
             self._signals = signals
             try:
                 while not self.stopped and self._faults < _FAILURES_IN_A_ROW:
-                    claims, others = self._claim_next()
+                    try:
+                        claims, others = self._claim_next()
+                    except OSError as error:
+                        self._faults += 1
+                        self._say(f"{self.store.url}: {error}; trying again")
+                        self._wait()
+                        continue
                     if claims:
                         self._run(claims)
                     elif others:
@@ -147,6 +160,14 @@ class Worker:
         if failed is not None and not self._may_retry(failed):
             return False
         if cell.parent and not has_checkpoint(self.store, cell.parent, cell.branch_step):
+            if is_done(self.store, self.cells[cell.parent]):
+                self._fail(
+                    cell,
+                    f"its trunk {cell.parent} is finished and kept no checkpoint of step {cell.branch_step}: "
+                    f"remove {RUNS}/{cell.parent} and sweep again",
+                    "run",
+                )
+                return False
             # The trunk comes first in plan order: if nobody is at it, it has failed, or is not in this sweep.
             return None if self.claims.look([cell.parent])[cell.parent].state == "held" else False
         return None if _is_locked(self.store.folder / RUNS / cell.id) else True
@@ -261,9 +282,17 @@ class Worker:
             return
         ended = threading.Event()
 
+        mine = {config_hash(cell.config) for cell in cells}
+
         def push() -> None:
+            for claim in claims:
+                claim.check(sure=True)  # a worker that was suspended must not overwrite its successor's files
             for folder in (self.store.folder / GROUPS).glob("*") if self.conduct.vectorize else ():
-                self.store.push_run(f"{GROUPS}/{folder.name}")
+                members = folder / "group.json"
+                if members.is_file() and mine & {
+                    m["hash"] for m in json.loads(members.read_text())["members"]
+                }:
+                    self.store.push_run(f"{GROUPS}/{folder.name}")
             for cell in cells:
                 self.store.push_run(f"{RUNS}/{cell.id}")
 
@@ -271,6 +300,8 @@ class Worker:
             while not ended.wait(self.conduct.mirror_every):
                 try:
                     push()
+                except ClaimLost:
+                    return
                 except OSError as error:
                     # Tried again; what is still missing at the end is an error of the run.
                     print(f"WARNING: {self.store.url}: {error}", file=sys.stderr, flush=True)

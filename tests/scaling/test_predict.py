@@ -302,7 +302,7 @@ def test_a_fit_redone_is_the_fit(fit):
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [7, 4])
 def test_intervals_at_ten_times_the_compute_cover(fit, sizes):
-    """Over 200 made-up sweeps of 35 and 20 runs: N*, D* and the loss of a new run at 10x the largest compute."""
+    """Over 200 made-up sweeps of 35 and 20 runs: N*, D* and the loss of a new run at 10x the compute."""
     c = 10 * BUDGETS[-1]
     truth = (best(c), c / 6 / best(c))
     rng = np.random.default_rng(1)

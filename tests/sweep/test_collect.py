@@ -196,6 +196,13 @@ def test_roles_keep_runs_out_of_fits(tmp_path):
     assert found[4] == ("tune+grid", "grid", "")
     assert len(rows) == 10
     assert [row["exclude"] for row in rows[4:]] == [""] * 6
+    # A branch begins where its trunk has got to: that is no loss to start from.
+    trunk, branch = rows[0], rows[1]
+    assert branch["loss_first"] == trunk["loss_first"]
+    cell = cells_of(trunks, "trunks", run)[1]
+    curve = run_dir(tmp_path, cell) / "metrics.jsonl"
+    curve.write_text(json.dumps({"step": cell.branch_step + 1, "train/nll": 2.9}) + "\n")
+    assert collect(tmp_path)[1]["exclude"] == ""
     assert rows[1]["parent"] == rows[1]["block"] == rows[0]["block"] == rows[0]["id"]
     assert rows[4]["block"] == rows[4]["id"]
     assert all(row["loss_seed_sd"] is None for row in rows)
