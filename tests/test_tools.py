@@ -263,7 +263,7 @@ def test_library_imports_what_it_declares_and_declares_what_it_imports():
     used = {
         canonicalize_name(owner) for name in imported(ROOT / "jaxlm") for owner in owners.get(name, [name])
     }
-    extras = {canonicalize_name(r.name) for extra in ("hf", "data") for r in declared(extra)}
+    extras = {canonicalize_name(r.name) for extra in ("hf", "data", "fit", "remote") for r in declared(extra)}
     assert used - {"jaxlm"} <= extras, "imported, not declared"
     assert extras <= used, "declared, never imported"
 
@@ -417,13 +417,14 @@ QUICKSTART = [
     "jaxlm evaluate",
     "python tools/compare_ngram.py",
     "jaxlm sample",
+    "python tools/scaling_smoke.py",
 ]
 
 
 def test_quickstart_runs_every_part_and_shows_its_command(tree):
     done, calls = tree("tools/quickstart")
     assert done.returncode == 0, done.stderr
-    assert calls[0] == INSTALL + "."
+    assert calls[0] == INSTALL + ".[fit]"
     assert verbs(calls[1:]) == QUICKSTART
     shown = [shlex.split(line[2:]) for line in done.stdout.splitlines() if line.startswith("$ ")]
     for call in calls[1:]:

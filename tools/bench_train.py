@@ -194,7 +194,7 @@ def jaxlm_step(shape, flat: dict[str, np.ndarray], **options):
     from jaxlm.objectives.lm import LossConfig, make_lm_objective
     from jaxlm.optim import make_optimizer, make_schedule
     from jaxlm.sharding import Layout, MeshConfig, make_mesh
-    from jaxlm.train.run import Model
+    from jaxlm.train.programs import Model
     from jaxlm.train.state import create_state
     from jaxlm.train.step import make_step
 

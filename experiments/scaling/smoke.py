@@ -12,8 +12,9 @@ Command:
     jaxlm plan --config=experiments/scaling/smoke.py:holdout --workdir=runs/smoke --name=holdout
     jaxlm sweep --workdir=runs/smoke
 Hardware: two CPU cores, 4 GB.
-Expected: not run yet.
-Last run: none.
+Expected: N* = 0.17 C^0.5; at 4e12 FLOPs 1.478 nats per byte (95% 1.406 to 1.565) predicted, 1.459 measured.
+Report: experiments/scaling/results/smoke/report.md
+Last run: 2026-11-22, commit b727a91 and the changes of 2694fe7.
 
 The text is the source of Python's standard library (11.4 MB of bytes to train on), which every machine has:
 the smallest model at 1e12 FLOPs and the hold-out at 4e12 read up to 7 MB, so that no run sees a byte twice.
