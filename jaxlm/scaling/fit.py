@@ -79,7 +79,7 @@ def run_fit(
     check(draws >= 0 and draws != 1, f"draws={draws} must be 0 or at least 2")
     check(seed >= 0, f"seed={seed} must not be negative")
     check_choice(objective, OBJECTIVES, "objective")
-    check(delta > 0, f"delta={delta:g} must be positive")
+    check(delta > 0, f"delta={delta} must be positive")
     labels, notes = None, []
     if block and points.block is None:
         labels = np.unique(points.N, return_inverse=True)[1].astype(np.int64)
@@ -132,6 +132,7 @@ def _fit_surface(
         if starts < len(grid):
             chosen = np.sort(np.random.default_rng(seed).choice(len(grid), starts, replace=False))
         found = solve.solve(problem, grid[chosen])
+    found = dataclasses.replace(found, phi=_on_bounds(problem, found.phi))
     shape = uncertainty.curvature(problem, found.phi)
     profiles, notes = {}, []
     if profile:
@@ -217,6 +218,14 @@ def _derived(problem: Problem, p: np.ndarray) -> dict[str, np.ndarray]:
     columns = {name: p[..., i] for i, name in enumerate(problem.law.names)}
     with np.errstate(all="ignore"):
         return problem.law.derived(columns)
+
+
+def _on_bounds(problem: Problem, phi: np.ndarray) -> np.ndarray:
+    """phi with what stopped a rounding error short of a bound on it."""
+    for bound in (problem.lower, problem.upper):
+        near = np.isfinite(bound) & (np.abs(phi - bound) <= 1e-9 * np.maximum(1.0, np.abs(bound)))
+        phi = np.where(near, bound, phi)
+    return phi
 
 
 def _at_bounds(problem: Problem, phi: np.ndarray) -> list[str]:
@@ -396,7 +405,7 @@ def fit_command(
             names.count(name) == 1,
             f"--group={group}: another value than {label!r} would share its folder {name!r}",
         )
-    _make_folder(Path(out))
+    _check_folder(Path(out))
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     fits, refused = [], []
     for label, part in parts.items():
@@ -461,13 +470,11 @@ def _folder_name(label: str) -> str:
     return re.sub(r"[^\w.+-]+", "_", label).lstrip(".") or "group"
 
 
-def _make_folder(folder: Path) -> None:
+def _check_folder(folder: Path) -> None:
     """What cannot be written to is refused before anything is fitted."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out={folder}: cannot be made ({error.strerror})") from None
-    check(os.access(folder, os.W_OK), f"--out={folder} cannot be written to")
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    good = there.is_dir() and os.access(there, os.W_OK)
+    check(good, f"--out={folder} cannot be made: {there} is no folder that can be written to")
 
 
 def _data(part: table.Table, roles: Mapping[str, str], points: Points, **filters) -> dict:
