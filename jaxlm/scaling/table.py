@@ -247,8 +247,7 @@ _COMPARE: dict[type, Callable] = {
 def where_mask(text: str, columns: Mapping[str, np.ndarray]) -> np.ndarray:
     """Rows for which an expression over columns holds: comparisons, and/or/not, arithmetic, `in`; no calls.
 
-    >>> where_mask("C < 1e21 and kind in ('a', 'b')", {"C": np.array([1e20, 1e22]), "kind": np.array(["a",
-    "a"])})
+    >>> where_mask("C < 1e21 and k in ('a', 'b')", {"C": np.array([1.0, 1e22]), "k": np.array(["a"] * 2)})
     array([ True, False])
     """
     try:

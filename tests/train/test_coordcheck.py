@@ -51,13 +51,13 @@ def test_mup_passes_and_standard_fails_over_widths():
 
 
 @pytest.mark.slow
-def test_completep_passes_over_depths_and_mup_fails():
+def test_completep_is_flat_over_depths_and_mup_drifts():
     complete = dataclasses.replace(MODEL, parametrization="completep")
     sizes = dict(axis="depth", sizes=(2, 4, 8))
-    assert coordinate_check(complete, OPTIM, **sizes, **SMALL).passed
+    flat = coordinate_check(complete, OPTIM, **sizes, **SMALL)
+    assert flat.passed
     mup = coordinate_check(MUP, OPTIM, **sizes, **SMALL)
-    assert mup.slope("stream 1/1") > 0.3, mup.text()
-    assert not mup.passed
+    assert mup.slope("stream 1/1") > 0.1 > abs(flat.slope("stream 1/1")), mup.text()
 
 
 @pytest.mark.slow
