@@ -137,7 +137,7 @@ def _fit(values: flags.FlagValues, positional: Sequence[str], config: Any) -> in
     no_positional("fit", positional)
     need(values, "fit", "table", "out")
     _need_extra("fit")
-    from jaxlm.scaling.fit import fit_command
+    from jaxlm.scaling.fit_table import fit_command
 
     names = (
         "law",
@@ -172,7 +172,7 @@ def _predict(values: flags.FlagValues, positional: Sequence[str], config: Any) -
     no_positional("predict", positional)
     need(values, "predict", "fit", "budget")
     _need_extra("predict")
-    from jaxlm.scaling.fit import parse_pairs
+    from jaxlm.scaling.fit_table import parse_pairs
     from jaxlm.scaling.predict import predict_command
 
     options = dict(next_count=values.next, level=values.level, as_json=values.json)

@@ -80,7 +80,7 @@ def test_fitting_laws_needs_no_jax():
     bad = {m: graph[m] - fit_side - {"__init__", "errors"} for m in fit_side}
     assert not any(bad.values()), bad
     code = (
-        "import sys; import jaxlm.scaling.fit, jaxlm.scaling.report, jaxlm.scaling.selftest\n"
+        "import sys; import jaxlm.scaling.fit_table, jaxlm.scaling.report, jaxlm.scaling.selftest\n"
         "heavy = {'jax', 'flax', 'orbax', 'grain'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

@@ -33,8 +33,9 @@ def write(
     positions_BT: Int[Array, "B T"],
     valid_BT: Bool[Array, "B T"],
 ) -> LayerCache:
-    """Put new keys and values in their slots; invalid columns are dropped, and of two positions that share a
-    slot the later one is kept. Positions of a row must increase along T."""
+    """Put new keys and values in their slots; of two positions that share one the later is kept.
+
+    Invalid columns are dropped. Positions of a row must increase along T."""
     slots = cache.k_BSKH.shape[1]
     last_B1 = jnp.max(jnp.where(valid_BT, positions_BT, -1), axis=1, keepdims=True)
     keep_BT = valid_BT & (positions_BT > last_B1 - slots)

@@ -80,8 +80,7 @@ for _leaf in ("wq", "wk", "wv", "wo", "bq", "bk", "bv", "bo", "sinks"):
 
 
 class Block(nn.Module):
-    """One layer: self-attention, cross-attention if asked, and a dense or routed MLP, each in its residual
-    branch.
+    """One layer: self-attention, cross-attention if asked, an MLP dense or routed; each in a residual branch.
 
     A function of (params, x, context, cache) that returns (x, cache, aux); it holds no state.
     """

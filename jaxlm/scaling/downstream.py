@@ -1,11 +1,9 @@
 """From compute to a task in two steps: the law gives the loss, a sigmoid of the loss the accuracy.
 
 Step 1 is an ordinary fit of the task's loss (bits per byte, mean of the last evaluations, Huber 1e-3 on
-logs).
-Step 2 fits `loss_to_accuracy` to running averages of all evaluations of all runs after their first tenth,
-and to
-the ideal point (loss 0, accuracy 1). Errors of the two steps may cancel: look at both. Source: Bhagia et al.
-2024, arXiv:2412.04403.
+logs). Step 2 fits `loss_to_accuracy` to running averages of all evaluations of all runs after their first
+tenth, and to the ideal point (loss 0, accuracy 1). Errors of the two steps may cancel: look at both. Source:
+Bhagia et al. 2024, arXiv:2412.04403.
 """
 
 import dataclasses
@@ -87,8 +85,7 @@ def fit_accuracy(
 def chain(
     step1: Fit, step2: Fit, N: float, D: float, *, loss: float = float("nan"), accuracy: float = float("nan")
 ) -> Chained:
-    """Loss and accuracy of a run of N parameters and D tokens, with both steps' errors where the truth is
-    given.
+    """Loss and accuracy of a run of N parameters and D tokens; both steps' errors where the truth is given.
 
     Args:
       step1: a fit of the task's loss; step2: one of `loss_to_accuracy` or `loss_to_error`.

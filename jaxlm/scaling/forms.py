@@ -69,8 +69,10 @@ def kaplan(z: Array, x: Features) -> Value:
 
 
 def _effective(log_once: Array, log_all: Array, r_star: Array) -> tuple[Array, Array, Array]:
-    """Muennighoff's `X' = U (1 + R* (1 - exp(-R/R*)))`, R = X/U - 1: log X', d log X'/d log U, d log X'/d
-    log R*."""
+    """Muennighoff's `X' = U (1 + R* (1 - exp(-R/R*)))`, R = X/U - 1.
+
+    Returns log X', d log X'/d log U and d log X'/d log R*.
+    """
     ratio = np.exp(np.minimum(log_all - log_once, LARGE))
     repeats = np.maximum(ratio - 1, 0)
     t = repeats / r_star
@@ -84,9 +86,8 @@ def _effective(log_once: Array, log_all: Array, r_star: Array) -> tuple[Array, A
 def data_constrained(z: Array, x: Features) -> Value:
     """`E + A N'^-alpha + B D'^-beta`; z = E, log A, log B, alpha, beta, log R_D, log R_N.
 
-    U_D = min(U, D); U_N = min(N, N*(U_D)) with the optimum N* of the single-epoch law, where
-    alpha A N*^-alpha = beta B U_D^-beta. Source: Muennighoff et al. 2023, arXiv:2305.16264, section 3 and
-    appendix A.
+    U_D = min(U, D); U_N = min(N, N*(U_D)) with the optimum N* of the single-epoch law, where alpha A
+    N*^-alpha = beta B U_D^-beta. Source: Muennighoff et al. 2023, arXiv:2305.16264, section 3 and appendix A.
     """
     e, a, b, al, be, log_rd, log_rn = (z[..., i, None] for i in range(7))
     rd, rn = _exp(log_rd), _exp(log_rn)
@@ -216,8 +217,10 @@ def sigmoid(z: Array, x: Features) -> Value:
 
 
 def exponential_error(z: Array, x: Features) -> Value:
-    """`eps - k exp(-gamma L)`; z = eps, log k, gamma. Source: Gadre et al. 2024, arXiv:2403.08540,
-    equation 5."""
+    """`eps - k exp(-gamma L)`; z = eps, log k, gamma.
+
+    Source: Gadre et al. 2024, arXiv:2403.08540, equation 5.
+    """
     eps, log_k, gamma = (z[..., i, None] for i in range(3))
     t = _exp(log_k - gamma * x["L"])
     parts = (np.ones_like(t), -t, x["L"] * t)

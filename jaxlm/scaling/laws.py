@@ -50,8 +50,7 @@ class Law:
 
 
 def features(inputs: Inputs) -> dict[str, np.ndarray]:
-    """What the forms read: logarithms of N, D, C, U ..., of M = D/N and density = 1 - sparsity; L as it
-    is."""
+    """What the forms read: logs of N, D, C, U ..., of M = D/N and density = 1 - sparsity; L as it is."""
     arrays = {name: np.atleast_1d(np.asarray(v, float)) for name, v in inputs.items()}
     x = {name: np.log(v) for name, v in arrays.items() if name not in ("L", "sparsity")}
     if "N" in x and "D" in x:
@@ -93,8 +92,7 @@ def get_law(name: str) -> Law:
 
 
 def predict(law: Law, p: Params, inputs: Inputs) -> Array:
-    """The law's value at inputs that broadcast together; `UserError` where an input is missing or not
-    positive."""
+    """The law's value at inputs that broadcast together; `UserError` where one is missing or not positive."""
     missing = [name for name in law.inputs if name not in inputs]
     check(not missing, f"the law needs {', '.join(missing)} too: {law.formula}")
     arrays = np.broadcast_arrays(*(np.asarray(inputs[name], float) for name in law.inputs))
@@ -116,10 +114,9 @@ def optimum(
 ) -> tuple[Array, Array]:
     """N* and D* of least loss at these FLOPs, with C = flops_per_param_token N D.
 
-    Closed form where the law has one, else the lowest minimum inside 1 <= N <= N D, to about 1e-8 of log
-    N: farseer
-    falls again at sizes far outside any data. `extra` holds the other inputs, one value each (U, sparsity,
-    ...).
+    Closed form where the law has one, else the lowest minimum inside 1 <= N <= N D, to about 1e-8 of log N:
+    farseer falls again at sizes far outside any data. `extra` holds the other inputs (U, sparsity, ...), one
+    value each.
 
     Raises:
       UserError: the law has no optimum, or none in the interior.
@@ -164,8 +161,7 @@ def _indexed(names: tuple[str, ...], logs: tuple[str, ...], terms: Terms) -> lis
 
 
 def _sum(formula: str, names: str, inputs: str, terms: Terms, grid: tuple = (), **options) -> Law:
-    """A law that is a sum of coefficients times powers; every coefficient but E is positive by its
-    logarithm."""
+    """A law that is a sum of coefficients times powers; all but E are positive by their logarithms."""
     order = tuple(names.split())
     logs = tuple(c for c, _ in terms if c != "E")
     form = functools.partial(_sum_form, terms=_indexed(order, logs, terms))

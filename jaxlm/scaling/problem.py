@@ -70,8 +70,7 @@ class Problem:
         """The problem with coordinate `index` of z held, for profiles.
 
         Returns the problem without that freedom (its offset is that of z[index] = 0), the change of the
-        offset
-        by a unit of z[index], and the positions in phi that stay free.
+        offset by a unit of z[index], and the positions in phi that stay free.
         """
         row = self.basis[index]
         pivot = int(np.argmax(np.abs(row)))

@@ -58,8 +58,7 @@ class Fit:
 
 
 def flops_per_param_token(fit: Fit) -> float:
-    """k of C = k N D: the geometric mean of C/(N D) over the fit's points in the top decade of C; 6
-    without points.
+    """k of C = k N D: the geometric mean over the fit's points in the top decade of C; 6 without points.
 
     Exactly 6 where the table defines D or C by the identity.
     """
@@ -136,8 +135,7 @@ def _plain(tree):
 
 
 def save_fit(fit: Fit, directory: str | Path) -> Path:
-    """Writes `directory`/fit.json, whole or not at all; numbers at 17 digits, so that they read back to
-    the bit."""
+    """Writes `directory`/fit.json, whole or not at all; numbers at 17 digits read back to the bit."""
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)

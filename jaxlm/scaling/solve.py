@@ -1,11 +1,10 @@
 """The solvers: one problem from many starts, and one start for many resampled problems.
 
 A start is brought near by a batched Newton method under a wide Huber objective, goes on with L-BFGS,
-restarted
-from its own end, and ends with Newton; the best of all starts is then polished by BFGS and Nelder-Mead.
-Objectives are of order 1e-3, and scipy's L-BFGS-B stops on their change relative to max(|f|, 1): it sees them
-over delta. Exponents may be negative on the way, since a start can get stuck at a bound that the solution is
-far from.
+restarted from its own end, and ends with Newton; the best of all starts is then polished by BFGS and
+Nelder-Mead. Objectives are of order 1e-3, and scipy's L-BFGS-B stops on their change relative to max(|f|, 1):
+it sees them over delta. Exponents may be negative on the way, since a start can get stuck at a bound that the
+solution is far from.
 """
 
 import dataclasses
@@ -36,8 +35,7 @@ class Solution:
 
 
 def _boxed_step(matrix: Array, gradient: Array, low: Array, high: Array) -> Array:
-    """Minimises `g s + s M s / 2` over a box, for a batch: what would leave the box ends on it, the rest
-    adapts."""
+    """Minimises `g s + s M s / 2` over a box, for a batch: what would leave ends on it, the rest adapts."""
     diagonal = np.einsum("bii->bi", matrix)
     scale = np.sqrt(np.maximum(diagonal, 1e-14 * np.max(diagonal, -1, keepdims=True) + TINY))
     scaled = matrix / scale[:, :, None] / scale[:, None, :]
@@ -74,8 +72,7 @@ def newton(
     Each step solves (H + lambda K) s = -gradient, H with the weights rho'' of Newton's method and K with the
     weights rho'/r of reweighted least squares, both without the law's second derivatives: lambda near 0
     converges fast, lambda near 1 descends surely. A problem is done when a step that is little damped
-    promises
-    less than `tolerance` of the objective, or when no step descends.
+    promises less than `tolerance` of the objective, or when no step descends.
 
     Returns:
       phi, the objective (of `lad`: smoothed within delta), whether it is done, and the steps; one per
@@ -158,8 +155,7 @@ def _rows(offset: Array | None) -> Array | None:
 
 
 def first_points(problem: Problem, starts: Array) -> Array:
-    """Starts z (S, P) as phi (S, F), with every power term alive and the constant E below the least
-    target."""
+    """Starts z (S, P) as phi (S, F): every power term alive, the constant E below the least target."""
     z = np.array(starts, float)
     law, level = problem.law, float(np.log(problem.y.mean()))
     at = {name: i for i, name in enumerate(law.names)}

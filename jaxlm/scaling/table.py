@@ -1,5 +1,4 @@
-"""Tables of runs: reading, columns by role, filters, and a named rule for every row that a fit does not
-see."""
+"""Tables of runs: reading, columns by role, filters, and a named rule for every row left out of a fit."""
 
 import ast
 import csv
@@ -179,8 +178,7 @@ def resolve(table: Table, columns: Mapping[str, str]) -> dict[str, str]:
     """Role -> column of the table: what is asked for, and what our own tables call the rest.
 
     A role of N, D, C that is not asked for is looked up only where none of the three is: a foreign table
-      whose
-    tokens column happens to be called as ours must not change what `N=..,C=..` means.
+    whose tokens column happens to be called as ours must not change what `N=..,C=..` means.
     """
     out = dict(columns)
     for role, column in columns.items():

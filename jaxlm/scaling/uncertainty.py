@@ -1,8 +1,7 @@
 """How far a fit can be trusted: bootstrap, covariance, profile likelihood, and intervals from each.
 
-With psi = rho', s^2 = sum w psi^2 / (R - F) and m the mean of rho'' (for a kink narrower than the
-residuals, a
-window around 0 takes its place), R points and F free parameters:
+With psi = rho', s^2 = sum w psi^2 / (R - F) and m the mean of rho'' (for a kink narrower than the residuals,
+a window around 0 takes its place), R points and F free parameters:
 
     Gauss-Newton   k^2 s^2 / m^2 (J'WJ)^-1, which is s^2 (J'J)^-1 for least squares
     sandwich       k^2 H^-1 (sum w^2 psi^2 / (1 - h)^2 J J') H^-1, H = sum w rho'' J J', h the leverage (HC3)
@@ -166,10 +165,8 @@ def profile(
     """The best objective at fixed values of one parameter, and the range where it rises by less than `rise`.
 
     Walks from the optimum to either side in growing multiples of `error` (the standard error of the
-    parameter's
-    coordinate), every refit from the one before, until it is past twice the cut-off, a bound, or 512
-    errors; there
-    the interval is open and ends with the grid.
+    parameter's coordinate), every refit from the one before, until it is past twice the cut-off, a bound, or
+    512 errors; there the interval is open and ends with the grid.
 
     Returns:
       grid (values of the parameter), value (objective), interval, cutoff; and the best phi found on the way.

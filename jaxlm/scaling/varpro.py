@@ -1,11 +1,9 @@
 """Variable projection: a search over the exponents alone, the coefficients solved for at each.
 
 At given exponents a sum of powers is linear in its coefficients: least squares with coefficients that are not
-negative (NNLS) finds them, and for a robust objective Newton's method takes them on from there. What is
-left is a
-well-conditioned problem of one or two dimensions, searched on a grid and refined: the cross-check of the
-surface
-fit, which it shares the objective with and nothing of the way.
+negative (NNLS) finds them, and for a robust objective Newton's method takes them on from there. What is left
+is a well-conditioned problem of one or two dimensions, searched on a grid and refined: the cross-check of the
+surface fit, which it shares the objective with and nothing of the way.
 """
 
 import dataclasses

@@ -217,8 +217,6 @@ class Worker:
             # Of a worker that hangs, and still holds the lock of its run on this machine.
             self._say(str(error))
             self._wait()
-        except (KeyboardInterrupt, SystemExit):
-            raise
         # Whatever else a run dies of is written down, shown, and in the exit code; the others go on.
         except Exception as error:
             for cell in cells:

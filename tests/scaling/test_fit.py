@@ -19,7 +19,8 @@ import pytest
 
 from jaxlm.errors import UserError
 from jaxlm.scaling.downstream import chain, fit_accuracy
-from jaxlm.scaling.fit import fit_command, parse_bounds, parse_pairs, run_fit
+from jaxlm.scaling.fit import run_fit
+from jaxlm.scaling.fit_table import fit_command, parse_bounds, parse_pairs
 from jaxlm.scaling.record import Fit, flops_per_param_token, load_fit, optimum, predict_loss, save_fit
 from jaxlm.scaling.table import Points, read_table, select
 
@@ -426,7 +427,7 @@ def test_fitting_loads_no_jax(csv, tmp_path):
     """In a process of its own, from the import to fit.json and the pictures."""
     code = (
         "import sys\n"
-        "import jaxlm.scaling.fit as fit, jaxlm.scaling.downstream\n"
+        "import jaxlm.scaling.fit_table as fit, jaxlm.scaling.downstream\n"
         "heavy = {'jax', 'jaxlib', 'flax', 'optax', 'orbax', 'ml_collections', 'matplotlib', 'pyarrow'}\n"
         "heavy &= set(sys.modules)\n"
         "assert not heavy, heavy\n"

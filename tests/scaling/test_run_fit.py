@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from jaxlm.errors import UserError
-from jaxlm.scaling.fit import fit_command, run_fit
+from jaxlm.scaling.fit import run_fit
+from jaxlm.scaling.fit_table import fit_command
 from jaxlm.scaling.record import load_fit, optimum, predict_loss
 from jaxlm.scaling.table import Points
 

@@ -71,9 +71,8 @@ def test_a_file_has_one_maker(store):
     assert not store.create("claims/x", b"late")
 
 
-def test_a_full_disk_leaves_no_empty_claim(store, monkeypatch):
-    if not isinstance(store, LocalStore):
-        pytest.skip("disks only")
+def test_a_full_disk_leaves_no_empty_claim(tmp_path, monkeypatch):
+    store = open_store(str(tmp_path / "S"), scratch=tmp_path / "scratch")
 
     def full(file, data):
         raise OSError(28, "No space left on device")
