@@ -17,7 +17,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jaxlm.errors import UserError, check_choice, nearest
 from jaxlm.tree import map_named, named_leaves
 
-MESH_AXES = ("data", "fsdp", "tensor", "expert")
+# From the slowest links to the fastest, as devices are numbered: neighbours along `tensor` talk most.
+MESH_AXES = ("pipe", "data", "fsdp", "expert", "sequence", "tensor")
 
 # Logical axis -> mesh axes. Every device holds its own rows of the batch except along `tensor`.
 RULES: dict[str, tuple[str, ...]] = {
@@ -46,6 +47,8 @@ class MeshConfig:
     fsdp: int = 1  # parameters, gradients and optimizer state split along `embed`; rows split too
     tensor: int = 1  # heads, mlp and vocabulary split (Megatron layout)
     expert: int = 1  # experts split; rows split too
+    sequence: int = 1  # columns of the batch split (context parallelism)
+    pipe: int = 1  # layers split into stages
     rules: tuple[tuple[str, str], ...] = ()  # (logical axis, mesh axes) pairs that replace those of RULES
 
     def __post_init__(self) -> None:
@@ -75,11 +78,11 @@ class MeshConfig:
         """Axis sizes in the order of `MESH_AXES` on `num_devices` devices.
 
         >>> MeshConfig(tensor=2).shape(8)
-        (4, 1, 2, 1)
+        (1, 4, 1, 1, 1, 2)
         """
         sizes = [getattr(self, name) for name in MESH_AXES]
         fixed = int(np.prod([n for n in sizes if n != -1]))
-        text = " x ".join(f"{name}={n}" for name, n in zip(MESH_AXES, sizes, strict=True))
+        text = " x ".join(f"{name}={n}" for name, n in zip(MESH_AXES, sizes, strict=True) if n != 1)
         if -1 in sizes:
             if num_devices % fixed or fixed > num_devices:
                 raise UserError(f"mesh {text}: {num_devices} devices are not a multiple of {fixed}")

@@ -217,7 +217,8 @@ def _config(values: flags.FlagValues, positional: Sequence[str], config: Any) ->
     console = Console(width=None if sys.stdout.isatty() else 160)
     for table in tables(result.counts, result.memory):
         console.print(table)
-    sizes = " x ".join(f"{name}={n}" for name, n in result.mesh_shape.items())
+    split = [f"{name}={n}" for name, n in result.mesh_shape.items() if n > 1]
+    sizes = " x ".join(split) or "one device"
     console.print(
         f"mesh {sizes}; {result.tokens_per_step:,} tokens a step; {result.tokens:,} in the run of "
         f"{cfg.train.num_steps:,} steps: {result.counts.flops_train * result.tokens:.3g} FLOPs",
