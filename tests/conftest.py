@@ -13,3 +13,14 @@ import jax
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".cache" / "jax-tests"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+# A process takes whole files, in this order: one that started last would keep the others waiting.
+LONGEST = ("test_quickstart", "train/test_run", "test_coordcheck", "test_conformance", "test_durability")
+
+
+def pytest_collection_modifyitems(items):
+    def rank(item):
+        path = item.path.with_suffix("").as_posix()
+        return next((i for i, name in enumerate(LONGEST) if path.endswith(name)), len(LONGEST))
+
+    items.sort(key=rank)

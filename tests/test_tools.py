@@ -319,7 +319,7 @@ def tree(tmp_path):
 
 
 INSTALL = "python -m pip install --quiet --disable-pip-version-check -c tools/constraints.txt -e "
-PYTEST = "python -m pytest -n auto --maxprocesses 4 --dist loadfile"
+PYTEST = "python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder"
 LINT = ["python -m ruff check .", "python -m ruff format --check ."]
 
 

@@ -4,7 +4,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from jaxlm.scaling.laws import get_law
-from jaxlm.scaling.predict import LINES, optima, predict
+from jaxlm.scaling.predict import LINES, optima, predict, tail_of
 from jaxlm.scaling.record import Fit, optimum
 from jaxlm.scaling.table import Points
 
@@ -92,5 +92,6 @@ def frontier(fit: Fit, low: float, high: float) -> tuple[Array, Array, tuple[Arr
     rows = np.stack([optima(fit, float(x), **typical_inputs(fit)) for x in c], -1)  # (2, 1 + draws, C)
     rows = rows[:, np.isfinite(rows).all((0, 2))]
     around = np.stack([np.interp(rows[0, 0], *row) for row in rows.swapaxes(0, 1)[1:]])
-    edges = np.exp(np.percentile(around, [50 * (1 - fit.level), 50 * (1 + fit.level)], axis=0))
+    tail = tail_of(fit, fit.level)
+    edges = np.exp(np.quantile(around, [tail, 1 - tail], axis=0))
     return np.exp(rows[0, 0]), np.exp(rows[1, 0]), (edges[0], edges[1])

@@ -15,6 +15,7 @@ from jaxlm import __version__
 from jaxlm.errors import check, check_choice
 from jaxlm.scaling import diagnostics, optima, solve, uncertainty
 from jaxlm.scaling.laws import get_law
+from jaxlm.scaling.lines import percentiles
 from jaxlm.scaling.problem import OBJECTIVES, TINY, Problem, make_problem
 from jaxlm.scaling.record import SURFACES, Fit
 from jaxlm.scaling.table import Points
@@ -153,7 +154,9 @@ def _fit_surface(
     covariance = {
         kind: (jacobian @ getattr(shape, kind) @ jacobian.T).tolist() for kind in ("gauss_newton", "sandwich")
     }
-    intervals = _intervals(problem, found.phi, p, derived, samples, shape, level, free)
+    blocks = 0 if labels is None else len(np.unique(labels))
+    tail = uncertainty.tail_share(level, blocks)
+    intervals = _intervals(problem, found.phi, p, derived, samples, shape, level, tail, free)
     for name, told in profiles.items():
         intervals[name]["profile"] = told["interval"]
     r = np.log(problem.y) - np.log(
@@ -177,7 +180,13 @@ def _fit_surface(
         names=tuple(names[i] for i in free),
         covariance=covariance,
         draws=samples.draws[:, free].tolist(),
-        bootstrap={"kind": samples.kind, "seed": seed, "asked": samples.asked, "failed": samples.failed},
+        bootstrap={
+            "kind": samples.kind,
+            "seed": seed,
+            "asked": samples.asked,
+            "failed": samples.failed,
+            "blocks": blocks,
+        },
         intervals=intervals,
         level=level,
         value=found.value,
@@ -261,6 +270,7 @@ def _intervals(
     samples: uncertainty.Bootstrap,
     shape: uncertainty.Curvature,
     level: float,
+    tail: float,
     free: Sequence[int],
 ) -> dict[str, dict[str, list[float]]]:
     """By bootstrap and by both covariances, of free parameters and of derived numbers."""
@@ -280,7 +290,7 @@ def _intervals(
         if len(draws) >= 2:
             good = draws[np.isfinite(draws)]
             if len(good) >= 2:
-                kinds["bootstrap"] = uncertainty.percentile_interval(good, level)
+                kinds["bootstrap"] = percentiles(good, tail)
         for kind in ("gauss_newton", "sandwich"):
             variance = float(slope @ getattr(shape, kind) @ slope)
             if not (np.isfinite(variance) and variance >= 0):

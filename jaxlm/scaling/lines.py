@@ -110,7 +110,6 @@ def compute_lines(
     return tuple(columns), np.stack(list(columns.values()), -1)
 
 
-def percentiles(values: Float64[Array, "S"], level: float) -> list[float]:
-    """The central interval of a sample: its (1 - level) / 2 and (1 + level) / 2 quantiles."""
-    tail = 50.0 * (1.0 - level)
-    return [float(v) for v in np.percentile(values, [tail, 100.0 - tail])]
+def percentiles(values: Float64[Array, "S"], tail: float) -> list[float]:
+    """The central interval of a sample: its `tail` and 1 - `tail` quantiles."""
+    return [float(v) for v in np.quantile(values, [tail, 1.0 - tail])]

@@ -307,7 +307,9 @@ def _pack(points: Points, names: tuple[str, ...], table: Float64[Array, "S P"], 
     draws, level = table[1:], fields["level"]
     intervals = {}
     if len(draws) > 1:
-        intervals = {name: {"bootstrap": percentiles(draws[:, i], level)} for i, name in enumerate(names)}
+        intervals = {
+            name: {"bootstrap": percentiles(draws[:, i], (1 - level) / 2)} for i, name in enumerate(names)
+        }
     has_floor = "E_L" in names
     note = (
         "L* is fitted with a floor E_L"

@@ -20,6 +20,7 @@ from jaxlm.scaling.design_checks import Found, found
 from jaxlm.scaling.laws import features, get_law, to_coordinates
 from jaxlm.scaling.lines import Refusal, percentiles
 from jaxlm.scaling.record import Fit, flops_per_param_token, load_fit
+from jaxlm.scaling.uncertainty import tail_share
 
 Array = np.ndarray
 LINES = ("envelope", "parabola", "akima", "robust")
@@ -152,9 +153,14 @@ def _loss_line(fit: Fit, budget: float) -> Float64[Array, "S"]:
     return at.get("E_L", 0.0) + np.exp(at["log_kL"] - at["c"] * math.log(budget))
 
 
-def _central(value: float, draws: Float64[Array, "S"], level: float) -> Estimate:
+def tail_of(fit: Fit, level: float) -> float:
+    """The share of draws that an interval of this fit leaves out on either side."""
+    return tail_share(level, 0 if fit.method in LINES else fit.bootstrap.get("blocks", 0))
+
+
+def _central(value: float, draws: Float64[Array, "S"], tail: float) -> Estimate:
     """The central part of the draws, as the intervals in fit.json are."""
-    return Estimate(float(value), *percentiles(draws, level))
+    return Estimate(float(value), *percentiles(draws, tail))
 
 
 def _noisy(rows: Float64[Array, "S"], sigma: float) -> Float64[Array, "Z"]:
@@ -169,8 +175,9 @@ def loss_interval(
 
     What a held-out run is judged by. Raises `Refusal` as `surface` does.
     """
+    tail = tail_of(fit, level)
     values = surface(fit, np.atleast_1d(np.asarray(N, float)), np.atleast_1d(np.asarray(D, float)), **extra)
-    return [_central(column[0], _noisy(column[1:], fit.sigma), level) for column in values.T]
+    return [_central(column[0], _noisy(column[1:], fit.sigma), tail) for column in values.T]
 
 
 def _at(fit: Fit, budget: float, level: float, extra: Mapping[str, float]) -> tuple[dict[str, Estimate], int]:
@@ -186,11 +193,11 @@ def _at(fit: Fit, budget: float, level: float, extra: Mapping[str, float]) -> tu
         loss = surface(fit, np.exp(log_n[:1]), np.exp(log_d[:1]), **extra)[:, 0]
     loss = loss[good & np.isfinite(loss)]
     log_n, log_d = log_n[good], log_d[good]
-    out = {}
+    out, tail = {}, tail_of(fit, level)
     for name, rows in (("N", log_n), ("D", log_d), ("tokens_per_param", log_d - log_n)):
-        out[name] = Estimate(*(math.exp(v) for v in _central(rows[0], rows[1:], level)))
-    out["L_law"] = _central(loss[0], loss[1:], level)
-    out["L"] = _central(loss[0], _noisy(loss[1:], fit.sigma), level)
+        out[name] = Estimate(*(math.exp(v) for v in _central(rows[0], rows[1:], tail)))
+    out["L_law"] = _central(loss[0], loss[1:], tail)
+    out["L"] = _central(loss[0], _noisy(loss[1:], fit.sigma), tail)
     return out, int(good.sum()) - 1
 
 

@@ -37,7 +37,8 @@ class Fit:
     # gauss_newton, sandwich; of the parameters themselves (A, not log A)
     covariance: dict[str, list[list[float]]] = dataclasses.field(default_factory=dict)
     draws: list[list[float]] = dataclasses.field(default_factory=list)  # bootstrap, in the order of names
-    bootstrap: dict = dataclasses.field(default_factory=dict)  # kind (case | block), seed, asked, failed
+    # kind (case | block), seed, asked, failed; of a surface also blocks, see uncertainty.tail_share
+    bootstrap: dict = dataclasses.field(default_factory=dict)
     # name -> {'bootstrap': [lo, hi], 'gauss_newton': [..], 'sandwich': [..], 'profile': [..]}; derived too
     intervals: dict[str, dict[str, list[float]]] = dataclasses.field(default_factory=dict)
     level: float = 0.95  # of the intervals

@@ -153,10 +153,25 @@ def delta_interval(estimate: float, error: float, dof: int, level: float, positi
         return [float(estimate * np.exp(-t * error)), float(estimate * np.exp(t * error))]
 
 
-def percentile_interval(draws: Array, level: float) -> list[float]:
-    """The percentiles of draws (S,) that leave out (1 - level) / 2 on either side."""
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    return [float(low), float(high)]
+def tail_share(level: float, blocks: int) -> float:
+    """The share of bootstrap draws that an interval leaves out on either side.
+
+    (1 - level) / 2 where runs are resampled. Where n blocks are, `Phi(-sqrt(n / (n - 1)) t)` with the
+    (1 + level) / 2 quantile t of Student's t with n - 1 degrees of freedom: the draws of few units are spread
+    too little, and 4 trunks are few. Source: Hesterberg 2015, The American Statistician 69(4), section 5
+    (expanded percentile interval).
+
+    Args:
+      level: of the interval.
+      blocks: how many were resampled; 0 = runs were.
+
+    >>> [round(tail_share(0.95, n), 4) for n in (0, 4, 16, 256)]
+    [0.025, 0.0001, 0.0139, 0.0242]
+    """
+    if not blocks:
+        return (1 - level) / 2
+    t = stats.t.ppf((1 + level) / 2, blocks - 1)
+    return float(stats.norm.cdf(-np.sqrt(blocks / (blocks - 1)) * t))
 
 
 def profile(

@@ -16,8 +16,8 @@ from jaxlm.scaling.uncertainty import (
     curvature,
     delta_interval,
     parameter_jacobian,
-    percentile_interval,
     resamples,
+    tail_share,
 )
 
 TRUTH = np.array([1.8172, 482.01, 2085.43, 0.3478, 0.3658])  # E, A, B, alpha, beta
@@ -143,6 +143,19 @@ def test_copies_of_runs_do_not_narrow_the_block_bootstrap():
     assert errors[2] == pytest.approx(errors[0], rel=0.15)
 
 
+def test_few_blocks_are_given_wider_intervals():
+    """The draws of four trunks reach from one extreme of them to another: nearly all of it is taken."""
+    points = dataclasses.replace(sweep(3), block=np.arange(81) % 4)
+    fit = run_fit(points, objective="log_mse", starts=1, draws=100, profile=False, block=True)
+    draws = np.array(fit.draws)[:, fit.names.index("alpha")]
+    low, high = fit.intervals["alpha"]["bootstrap"]
+    assert low < np.quantile(draws, 0.025)
+    assert high > np.quantile(draws, 0.975)
+    assert (low, high) == pytest.approx(
+        tuple(np.quantile(draws, [tail_share(0.95, 4), 1 - tail_share(0.95, 4)]))
+    )
+
+
 def test_block_without_labels_takes_the_sizes():
     points = sweep(3)
     points = dataclasses.replace(points, N=np.round(points.N, -int(np.log10(points.N.min()))))
@@ -175,14 +188,10 @@ def test_errors_agree_where_the_noise_is_normal():
         assert np.sqrt(np.diag(fit.covariance[kind]))[[0, 3, 4]] == pytest.approx(boot[[0, 3, 4]], rel=0.3)
 
 
-@pytest.mark.xfail(
-    reason="with 200 draws B was covered in 91.0% and beta in 91.5% of 200 sweeps", strict=False
-)
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["log_mse", "huber"])
-def test_intervals_cover_the_truth(objective):
-    """Over 200 sweeps the 95% intervals of every parameter and of N* at ten times the compute cover 92 to
-    98%."""
+@pytest.mark.parametrize(("objective", "sweeps"), [("log_mse", 200), ("huber", 600)])
+def test_intervals_cover_the_truth(objective, sweeps):
+    """92 to 98% of the 95% intervals hold every parameter, and N* at ten times the compute."""
     truth = np.append(TRUTH, log_optimum(TRUTH, 1e23))
     positive = [False, True, True, False, False, False]
     hits: dict[str, list] = {"bootstrap": [], "gauss_newton": []}
@@ -192,15 +201,15 @@ def test_intervals_cover_the_truth(objective):
             [q[..., :1], np.log(q[..., 1:3]), q[..., 3:], log_optimum(q, 1e23)[..., None]], -1
         )
 
-    for seed in range(200):
+    for seed in range(sweeps):
         problem = make_problem(sweep(seed), "chinchilla", objective)
         phi = refit(problem, problem.free(NEAR))[0]
         value = [np.sum(problem.residuals(p)[0] ** 2) for p in phi]
         phi = phi[int(np.argmin(value))]
-        found = bootstrap(problem, phi, draws=200, seed=seed)
+        found = bootstrap(problem, phi, draws=400, seed=seed)
         assert found.failed == 0
         draws = np.concatenate([found.draws, log_optimum(found.draws, 1e23)[:, None]], 1)
-        ends = np.array([percentile_interval(column, 0.95) for column in draws.T])
+        ends = np.quantile(draws, [0.025, 0.975], axis=0).T
         hits["bootstrap"].append((ends[:, 0] <= truth) & (truth <= ends[:, 1]))
         p = problem.parameters(phi)
         shape = curvature(problem, phi)
