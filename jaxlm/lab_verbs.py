@@ -1,6 +1,6 @@
-"""The verbs of the scaling lab: plan, sweep, collect, fit, predict, report, selftest, coordcheck.
+"""The verbs of the scaling lab: plan, sweep, collect, fit, predict, anneal, report, selftest, coordcheck.
 
-`fit`, `predict`, `report` and `selftest` import numpy and scipy, and no JAX.
+`fit`, `predict`, `anneal`, `report` and `selftest` import numpy and scipy, and no JAX.
 """
 
 from collections.abc import Sequence
@@ -206,6 +206,33 @@ def _selftest(values: flags.FlagValues, positional: Sequence[str], config: Any) 
     return selftest_command()
 
 
+def _anneal_flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_multi_string(
+        "run", [], "run directory whose whole curve is fitted; may be repeated", flag_values=values
+    )
+    flags.DEFINE_multi_string(
+        "predict", [], "run directory that is predicted, and compared", flag_values=values
+    )
+    _text(values, "out", None, "folder of annealing.json and the picture")
+    _text(values, "column", "train/nll", "of metrics.jsonl")
+    _whole(values, "skip", 0, "updates at the start that are left out, the warm-up at least")
+    _whole(values, "reach", 0, "smooth over so many rows; 0 = a choice by the length of the curve")
+    _whole(values, "draws", 200, "of the bootstrap")
+    _whole(values, "seed", 0, "of the draws")
+    _real(values, "level", 0.95, "of the intervals")
+
+
+def _anneal(values: flags.FlagValues, positional: Sequence[str], config: Any) -> int:
+    no_positional("anneal", positional)
+    need(values, "anneal", "run", "out")
+    _need_extra("anneal")
+    from jaxlm.scaling.annealing import annealing_command
+
+    names = ("predict", "column", "skip", "reach", "draws", "seed", "level")
+    annealing_command(values.run, values.out, **{name: values[name].value for name in names})
+    return 0
+
+
 def _sizes(values: flags.FlagValues, name: str) -> tuple[int, ...]:
     try:
         sizes = tuple(int(part) for part in values[name].value.split(",") if part)
@@ -271,6 +298,13 @@ VERBS: dict[str, Verb] = {
         "jaxlm predict --fit=runs/scaling/fits/surface/fit.json --budget=1e13 --next=3",
         _predict_flags,
         _predict,
+    ),
+    "anneal": Verb(
+        "Fit the annealing law to whole loss curves, and predict the curves of other schedules.",
+        "--run=DIR [--run=DIR ...] --out=DIR [--predict=DIR ...]",
+        "jaxlm anneal --run=runs/constant --run=runs/wsd --predict=runs/cosine --out=fits/annealing",
+        _anneal_flags,
+        _anneal,
     ),
     "report": Verb(
         "Write a sweep's report: one HTML file, and Markdown with pictures.",

@@ -162,14 +162,15 @@ def _evaluate_flags(values: flags.FlagValues) -> None:
 
 
 def _evaluate(values: flags.FlagValues, positional: Sequence[str], config: Any) -> int:
-    from jaxlm.train.trained import evaluate
+    from jaxlm.train.trained import load_trained, score
 
     no_positional("evaluate", positional)
     need(values, "evaluate", "workdir")
     names = ("data", "batch_size", "per_position")
     options = {name: values[name].value for name in names}
-    result = evaluate(values.workdir, **options, **_checkpoint(values))
-    report = result.metrics("")
+    trained = load_trained(values.workdir, **_checkpoint(values))
+    result = score(trained, **options)
+    report = {"step": trained.step, **result.metrics("")}
     if result.nll_by_position is not None:
         report["nll_by_position"] = result.nll_by_position.tolist()
     print(json.dumps(_finite(report), indent=2))

@@ -393,6 +393,7 @@ def test_train_evaluate_sample(run, finished, corpus):
     code, out, _ = run("evaluate", f"--workdir={finished}", "--batch_size=4", "--per_position")
     assert code == 0
     scored = json.loads(out)
+    assert scored["step"] == result["steps"]
     assert scored["nll"] == pytest.approx(result["eval/nll"], rel=1e-6)
     assert len(scored["nll_by_position"]) == 64
     code, out, _ = run("evaluate", f"--workdir={finished}", f"--data={corpus}/a.txt")

@@ -157,6 +157,10 @@ def _fit_surface(
     blocks = 0 if labels is None else len(np.unique(labels))
     tail = uncertainty.tail_share(level, blocks)
     intervals = _intervals(problem, found.phi, p, derived, samples, shape, level, tail, free)
+    for name, value in derived.items():
+        low, high = intervals[name].get("gauss_newton", (0.0, np.inf))
+        if high - low <= 1e-9 * abs(float(value)):
+            notes.append(f"{name} = {float(value):.4g} is imposed by what is fixed or tied, not measured")
     for name, told in profiles.items():
         intervals[name]["profile"] = told["interval"]
     r = np.log(problem.y) - np.log(

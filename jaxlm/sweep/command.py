@@ -2,6 +2,7 @@
 
 import dataclasses
 import glob
+import itertools
 import json
 import os
 import signal
@@ -208,7 +209,9 @@ class _Team:
 def _shares(workers: int) -> list[dict[str, Any]]:
     """What each of several workers on this machine gets: NVIDIA devices of its own, or else cores."""
     asked = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = asked.split(",") if asked else [str(i) for i in range(len(glob.glob("/dev/nvidia[0-9]*")))]
+    devices = [str(i) for i in range(len(glob.glob("/dev/nvidia[0-9]*")))]
+    if asked is not None:  # as CUDA reads it: what comes before the first name of no device
+        devices = list(itertools.takewhile(lambda name: name not in ("", "-1"), asked.split(",")))
     if devices and os.environ.get("JAX_PLATFORMS") != "cpu":
         check(
             workers <= len(devices),

@@ -154,6 +154,8 @@ def expand(run: RunConfig, grid: GridConfig, center: Callable[[float], float] | 
         check(len(getattr(grid, name)) > 0, f"grid.kind={grid.kind!r} needs grid.{name}")
     _check_rule(run, grid)
     drafts = _EXPAND[grid.kind](run, grid, center)
+    for draft in drafts if grid.kind == "product" else ():
+        _check_rule(draft.config, grid)  # the parametrisation may be one of its axes
     role = grid.role or ("tune" if grid.kind == "lr_batch" else "grid")
     return [dataclasses.replace(d, role=role) if d.role == "grid" else d for d in drafts]
 

@@ -319,7 +319,9 @@ def _notes(config: SweepConfig, cells: Sequence[Cell]) -> Iterator[str]:
     if not points:
         return
     sizes = {cell.counts["n_total"]: cell for cell in points}
-    if len(sizes) > 1 and grid.lr_rule == "fixed" and not grid.lrs and not grid.lr_exponent:
+    transfers = all(cell.config.model.parametrization != "standard" for cell in points)
+    tuned = grid.lr_rule != "fixed" or grid.lrs or grid.lr_exponent or transfers
+    if len(sizes) > 1 and not tuned:
         yield (
             "one learning rate for all sizes: an untuned sweep bends the curve; set grid.lr_rule or "
             "grid.lr_exponent, or tune per size with grid.lrs"

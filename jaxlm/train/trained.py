@@ -115,6 +115,13 @@ def evaluate(
         per_position: also the loss by position in the document; so does the run's `loss.per_position`.
     """
     trained = load_trained(workdir, step=step, mesh=mesh, ema=ema)
+    return score(trained, data=data, batch_size=batch_size, per_position=per_position)
+
+
+def score(
+    trained: Trained, *, data: str = "", batch_size: int = 0, per_position: bool = False
+) -> evaluation.EvalResult:
+    """Score a loaded model; arguments as of `evaluate`."""
     cfg, layout, tokenizer = trained.cfg, trained.layout, trained.tokenizer
     shards = layout.shards("batch")
     if batch_size % shards:

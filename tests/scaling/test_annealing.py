@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxlm.cli import main
 from jaxlm.errors import UserError
 from jaxlm.scaling.annealing import (
     NAMES,
@@ -223,6 +224,16 @@ def test_the_command_writes_the_fit_and_its_picture(tmp_path, capsys):
     (tmp_path / "out/annealing.json").write_text("{}")
     with pytest.raises(UserError, match="not a fitted annealing law"):
         load_annealing(tmp_path / "out/annealing.json")
+
+
+def test_the_verb(tmp_path, capsys):
+    runs = [write_run(tmp_path / kind, schedule(kind)) for kind in ("constant", "wsd")]
+    words = [*(f"--run={run}" for run in runs), f"--out={tmp_path / 'out'}", "--skip=60", "--draws=0"]
+    assert main(["anneal", *words]) == 0
+    assert "fitted wsd" in capsys.readouterr().out
+    assert load_annealing(tmp_path / "out/annealing.json").parameters["alpha"] > 0
+    assert main(["anneal", f"--out={tmp_path}"]) == 2
+    assert "needs --run" in capsys.readouterr().err
 
 
 def test_needs_no_jax():

@@ -206,6 +206,8 @@ def test_ties_fixed_values_and_bounds():
     for fit in (tied, fixed, bound):
         assert fit.value > free.value
     assert any("bound" in note for note in bound.notes)
+    assert "a = 0.5 is imposed by what is fixed or tied, not measured" in tied.notes
+    assert not any("imposed" in note for note in free.notes)
 
 
 def test_an_unidentified_floor_ends_at_zero_and_says_so():

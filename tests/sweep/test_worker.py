@@ -473,6 +473,9 @@ def test_workers_share_cores(monkeypatch):
     assert names == ["0,2", "1,3"]
     with pytest.raises(UserError, match="--workers=5: this machine has 4 NVIDIA devices"):
         _shares(5)
+    for none in ("", "-1", "-1,0"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", none)
+        assert "cores" in _shares(2)[0]
 
 
 # -------------------------------------------------------------------------------------------------- elsewhere
