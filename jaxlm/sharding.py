@@ -1,29 +1,34 @@
-"""One mesh, one table of logical axes per leaf, one rules dict from logical to mesh axes.
+"""One mesh, one table of logical axes per leaf, and two rules dicts from logical to mesh axes.
 
 A parameter's layout is looked up twice: its name gives logical axes (`attention/wq: embed heads head_dim`,
 the model's AXES table) and the rules give the mesh axes (`embed -> fsdp`). Optimizer state, checkpoints and
-the printed layout all derive from the same two tables.
+the printed layout all derive from the same two tables. Where a weight is used it may lie otherwise than where
+it is stored: `RULES` say how it is stored, `COMPUTE` what differs in use. Fully sharded data parallelism is
+no more than that: `embed` is stored split over `fsdp` and used whole.
 """
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxlm.errors import UserError, check_choice, nearest
+from jaxlm.errors import UserError, check, check_choice, nearest
 from jaxlm.tree import map_named, named_leaves
 
 # From the slowest links to the fastest, as devices are numbered: neighbours along `tensor` talk most.
 MESH_AXES = ("pipe", "data", "fsdp", "expert", "sequence", "tensor")
 
-# Logical axis -> mesh axes. Every device holds its own rows of the batch except along `tensor`.
+# Logical axis -> mesh axes, in storage. Every device has its own part of the batch except along `tensor`.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
-    "length": (),
+    "length": ("sequence",),
+    "residual": ("sequence", "tensor"),  # columns of the stream between blocks, where all work is per column
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -37,6 +42,11 @@ RULES: dict[str, tuple[str, ...]] = {
     "norm": (),
     "layers": (),
 }
+# What differs where a weight is used.
+COMPUTE: dict[str, tuple[str, ...]] = {"embed": ()}
+
+REDUCE_DTYPES = ("float32", "bfloat16")
+DCN_AXES = ("data", "pipe")  # axes that need little from the links between slices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +59,23 @@ class MeshConfig:
     expert: int = 1  # experts split; rows split too
     sequence: int = 1  # columns of the batch split (context parallelism)
     pipe: int = 1  # layers split into stages
+    slices: int = 1  # groups of devices with fast links, joined by a data-centre network
+    dcn: str = "data"  # the axis that crosses it: data | pipe; the others stay inside a slice
     rules: tuple[tuple[str, str], ...] = ()  # (logical axis, mesh axes) pairs that replace those of RULES
+    compute_rules: tuple[tuple[str, str], ...] = ()  # likewise of COMPUTE: weights where they are used
+    reduce_dtype: str = "float32"  # in which weight gradients are summed over devices: float32 | bfloat16
+    compiler_options: tuple[tuple[str, str], ...] = ()  # (name, value) for the compiler of the train step
 
     def __post_init__(self) -> None:
         sizes = {name: getattr(self, name) for name in MESH_AXES}
-        for axis, mesh_axes in self.rules:
-            check_choice(axis, RULES, "mesh.rules")
-            for mesh_axis in mesh_axes.split():
-                check_choice(mesh_axis, MESH_AXES, f"mesh.rules: {axis}")
+        for where in ("rules", "compute_rules"):
+            for axis, mesh_axes in getattr(self, where):
+                check_choice(axis, RULES, f"mesh.{where}")
+                for mesh_axis in mesh_axes.split():
+                    check_choice(mesh_axis, MESH_AXES, f"mesh.{where}: {axis}")
+        check_choice(self.reduce_dtype, REDUCE_DTYPES, "mesh.reduce_dtype")
+        check_choice(self.dcn, DCN_AXES, "mesh.dcn")
+        check(self.slices >= 1, f"mesh.slices={self.slices} must be at least 1")
         for name, n in sizes.items():
             if n != -1 and n < 1:
                 raise UserError(f"mesh.{name}={n} must be a positive size, or -1 for all remaining devices")
@@ -74,6 +93,15 @@ class MeshConfig:
         """
         return RULES | {axis: tuple(mesh_axes.split()) for axis, mesh_axes in self.rules}
 
+    def compute_table(self) -> dict[str, tuple[str, ...]]:
+        """The rules for weights where they are used, and for activations.
+
+        >>> MeshConfig(rules=(("embed", "fsdp sequence"),)).compute_table()["embed"]
+        ()
+        """
+        replaced = {axis: tuple(mesh_axes.split()) for axis, mesh_axes in self.compute_rules}
+        return self.table() | COMPUTE | replaced
+
     def shape(self, num_devices: int) -> tuple[int, ...]:
         """Axis sizes in the order of `MESH_AXES` on `num_devices` devices.
 
@@ -89,23 +117,46 @@ class MeshConfig:
             sizes[sizes.index(-1)] = num_devices // fixed
         elif fixed > num_devices:
             raise UserError(f"mesh {text} needs {fixed} devices, but there are {num_devices}")
+        across = sizes[MESH_AXES.index(self.dcn)]
+        check(
+            across % self.slices == 0,
+            f"mesh.slices={self.slices} slices share the axis that crosses between them, and "
+            f"mesh.{self.dcn}={across} is not a multiple of {self.slices}",
+        )
         return tuple(sizes)
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with `Auto` axes named `MESH_AXES`.
 
+    Of several slices, each takes its own consecutive part of axis `cfg.dcn` and all of the others. Devices
+    that do not say which slice they are in are taken to be numbered slice by slice.
+
     Args:
         cfg: axis sizes.
         devices: which devices; default all. If `cfg` has no -1 and needs fewer, the first ones are used.
 
     Raises:
-        UserError: the mesh is larger than the machine, or does not divide it.
+        UserError: the mesh is larger than the machine, does not divide it, or counts other slices than it.
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = cfg.shape(len(devices))
     used = devices[: int(np.prod(shape))]
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=used)
+    there = {getattr(device, "slice_index", None) for device in used}
+    check(
+        there == {None} or len(there) == cfg.slices,
+        f"mesh.slices={cfg.slices}, but the devices lie in {len(there)} slices",
+    )
+    inside = [n // cfg.slices if name == cfg.dcn else n for name, n in zip(MESH_AXES, shape, strict=True)]
+    if cfg.slices == 1:
+        grid = mesh_utils.create_device_mesh(shape, used, allow_split_physical_axes=True)
+    elif there != {None}:
+        across = [cfg.slices if name == cfg.dcn else 1 for name in MESH_AXES]
+        grid = mesh_utils.create_hybrid_device_mesh(inside, across, used, allow_split_physical_axes=True)
+    else:
+        parts = [part.reshape(inside) for part in np.split(np.asarray(used), cfg.slices)]
+        grid = np.concatenate(parts, axis=MESH_AXES.index(cfg.dcn))
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,33 +165,73 @@ class Layout:
 
     mesh: Mesh | AbstractMesh
     rules: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=lambda: dict(RULES))
+    compute: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=lambda: RULES | COMPUTE)
+    reduce_dtype: str = "float32"  # of the sums of weight gradients over devices
 
-    def spec(self, axes: Sequence[str | None]) -> PartitionSpec:
+    def spec(self, axes: Sequence[str | None], *, compute: bool = False) -> PartitionSpec:
         """The `PartitionSpec` of an array whose dimensions carry these logical axes (None = replicated).
+
+        Args:
+            axes: logical axis of each dimension.
+            compute: of an activation, or of a weight where it is used; default: of a weight in storage.
 
         Raises:
             UserError: an unknown logical axis, or two dimensions on one mesh axis.
         """
-        dims: list[tuple[str, ...]] = []
-        for axis in axes:
-            if axis is not None and axis not in self.rules:
-                raise UserError(f"logical axis {axis!r} has no rule{nearest(axis, self.rules)}")
-            dims.append(() if axis is None else tuple(self.rules[axis]))
-        used = [m for dim in dims for m in dim if self.mesh.shape[m] > 1]
+        dims = [self.mesh_axes(axis, compute=compute) for axis in axes]
+        used = [m for dim in dims for m in dim]
         for m in used:
             if used.count(m) > 1:
                 raise UserError(f"axes {tuple(axes)}: the rules put two dimensions on mesh axis {m!r}")
-        # Axes of size one are left out, so that the printed spec says only what is really split.
-        dims = [tuple(m for m in dim if self.mesh.shape[m] > 1) for dim in dims]
-        return PartitionSpec(*[None if not dim else dim[0] if len(dim) == 1 else dim for dim in dims])
+        return _partition_spec(dims)
+
+    def mesh_axes(self, axis: str | None, *, compute: bool = False) -> tuple[str, ...]:
+        """The mesh axes that split a logical axis; those of size one go unsaid, so that specs are short."""
+        rules = self.compute if compute else self.rules
+        if axis is not None and axis not in rules:
+            raise UserError(f"logical axis {axis!r} has no rule{nearest(axis, rules)}")
+        return tuple(m for m in (() if axis is None else rules[axis]) if self.mesh.shape[m] > 1)
+
+    def fitting(self, shape: Sequence[int], axes: Sequence[str | None]) -> PartitionSpec:
+        """The spec of an activation of this shape, for the place where it is made.
+
+        A dimension goes without the last mesh axes of its rule until the rest divides it: a single decoded
+        column is not split. Axes that a surrounding `shard_map` has already split by hand go unsaid.
+        """
+        manual = manual_axes()
+        dims = []
+        for n, axis in zip(shape, axes, strict=True):
+            dim = tuple(m for m in self.mesh_axes(axis, compute=True) if m not in manual)
+            while n % self.size(dim):
+                dim = dim[:-1]
+            dims.append(dim)
+        return _partition_spec(dims)
 
     def sharding(self, axes: Sequence[str | None]) -> NamedSharding:
-        """`NamedSharding` for these logical axes."""
+        """`NamedSharding` for these logical axes, in storage."""
         return NamedSharding(self.mesh, self.spec(axes))
 
     def shards(self, axis: str) -> int:
         """Into how many parts the rules split a logical axis."""
-        return int(np.prod([self.mesh.shape[m] for m in self.rules[axis]], dtype=np.int64))
+        return self.size(self.rules[axis])
+
+    def size(self, mesh_axes: Sequence[str]) -> int:
+        """Product of the sizes of these mesh axes."""
+        return math.prod(self.mesh.shape[m] for m in mesh_axes)
+
+
+def _partition_spec(dims: Sequence[tuple[str, ...]]) -> PartitionSpec:
+    return PartitionSpec(*[None if not dim else dim[0] if len(dim) == 1 else dim for dim in dims])
+
+
+def make_layout(cfg: MeshConfig, mesh: Mesh | AbstractMesh | None = None) -> Layout:
+    """The layout of a config on `mesh`; default: on the devices of this machine.
+
+    Raises:
+        UserError: as `make_mesh`.
+    """
+    mesh = make_mesh(cfg) if mesh is None else mesh
+    return Layout(mesh, cfg.table(), cfg.compute_table(), cfg.reduce_dtype)
 
 
 _current: Layout | None = None
@@ -161,11 +252,22 @@ def use(layout: Layout | None) -> Iterator[None]:
         _current = previous
 
 
+def current() -> Layout | None:
+    """The layout in use; None without one, and on one device, where nothing is laid out."""
+    return None if _current is None or _current.mesh.size == 1 else _current
+
+
+def manual_axes() -> frozenset[str]:
+    """Mesh axes that a surrounding `shard_map` has split by hand."""
+    return frozenset(jax.sharding.get_abstract_mesh().manual_axes)
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Ask for this layout of an activation; without a layout in use, or on one device, `x` as it is."""
-    if _current is None or _current.mesh.size == 1:
+    layout = current()
+    if layout is None:
         return x
-    return jax.lax.with_sharding_constraint(x, _current.sharding(axes))
+    return jax.lax.with_sharding_constraint(x, layout.fitting(x.shape, axes))
 
 
 def leaf_axes(name: str, ndim: int, table: Mapping[str, tuple[str | None, ...]]) -> tuple[str | None, ...]:
@@ -222,7 +324,8 @@ class LeafLayout:
     shape: tuple[int, ...]
     dtype: str
     axes: tuple[str | None, ...]
-    spec: PartitionSpec
+    spec: PartitionSpec  # in storage
+    compute: PartitionSpec  # where it is used
     bytes_per_device: int
 
 
@@ -236,7 +339,13 @@ def describe(layout: Layout, tree: Any, table: Mapping[str, tuple[str | None, ..
         total = int(np.prod(leaf.shape, dtype=np.int64)) * np.dtype(leaf.dtype).itemsize
         rows.append(
             LeafLayout(
-                name, tuple(leaf.shape), np.dtype(leaf.dtype).name, axes, layout.spec(axes), total // parts
+                name=name,
+                shape=tuple(leaf.shape),
+                dtype=np.dtype(leaf.dtype).name,
+                axes=axes,
+                spec=layout.spec(axes),
+                compute=layout.spec(axes, compute=True),
+                bytes_per_device=total // parts,
             )
         )
     return rows

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxlm.sharding import current
 from jaxlm.weights import PRODUCT
 
 REMAT: dict[str, Callable[..., Any] | None] = {
@@ -30,11 +31,18 @@ unstack.defvjp(
 )
 
 
+def _keep_all_but_moved(prim: Any, *_: Any, **params: Any) -> bool:
+    """Keep every residual but casts and changes of layout: else all layers' gathered weights would be kept."""
+    return prim.name not in ("sharding_constraint", "convert_element_type")
+
+
 def rematerialised(block: Callable[..., Any], remat: str, *, scan: bool) -> Callable[..., Any]:
     """`block` under the remat policy of that name; see `REMAT`."""
     policy = REMAT[remat]
     if policy is None:
-        return block
+        if current() is None:
+            return block
+        policy = _keep_all_but_moved
     return jax.checkpoint(block, policy=policy, prevent_cse=not scan)
 
 

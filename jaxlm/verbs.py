@@ -227,14 +227,17 @@ def _config(values: flags.FlagValues, positional: Sequence[str], config: Any) ->
     )
     if values.sharding:
         leaves = Table(title=f"parameters on {sizes}", title_justify="left")
-        for column in ("leaf", "shape", "dtype", "axes", "spec"):
+        for column in ("leaf", "shape", "dtype", "axes", "stored", "used"):
             leaves.add_column(column, no_wrap=column == "leaf")
         leaves.add_column("bytes per device", justify="right")
         for row in result.leaves:
             axes = " ".join(str(axis or "-") for axis in row.axes)
             shape = " x ".join(map(str, row.shape))
-            spec = ", ".join("-" if part is None else str(part) for part in row.spec) or "replicated"
-            leaves.add_row(row.name, shape, row.dtype, axes, spec, f"{row.bytes_per_device:,}")
+            stored, used = (
+                ", ".join("-" if part is None else str(part) for part in spec) or "replicated"
+                for spec in (row.spec, row.compute)
+            )
+            leaves.add_row(row.name, shape, row.dtype, axes, stored, used, f"{row.bytes_per_device:,}")
         console.print(leaves)
     return 0
 

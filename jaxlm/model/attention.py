@@ -396,7 +396,8 @@ class Attention(nn.Module):
         out_init = normal_init(self.init_std(N * H) * self.out_scale)
         wo_NHD = self.param("wo", out_init, (N, H, D), self.param_dtype)
         with jax.named_scope("out"):
-            y_BTD = matmul("BTNH,NHD->BTD", out_BTNH, wo_NHD, **dtypes)
+            out = ("batch", "residual", "activation")
+            y_BTD = matmul("BTNH,NHD->BTD", out_BTNH, wo_NHD, out=out, **dtypes)
             if cfg.out_bias:
                 y_BTD = y_BTD + self.param("bo", nn.initializers.zeros, (D,), self.param_dtype).astype(
                     self.dtype

@@ -29,7 +29,7 @@ from jaxlm.model.parametrization import attention_config, initial_std, out_scale
 from jaxlm.sharding import constrain, use
 from jaxlm.stack import rematerialised, run_stack
 from jaxlm.tree import map_named
-from jaxlm.weights import gather, matmul
+from jaxlm.weights import gather, lay_out, matmul
 
 Params = dict[str, Any]
 Aux = dict[str, Any]
@@ -79,6 +79,9 @@ for _leaf in ("wq", "wk", "wv", "wo", "bq", "bk", "bv", "bo", "sinks"):
     AXES[f"cross_attention/{_leaf}"] = AXES[f"attention/{_leaf}"]
 
 
+EXACT = ("moe/router_w",)  # leaves that are used in their own dtype, not in the model's
+
+
 class Block(nn.Module):
     """One layer: self-attention, cross-attention if asked, an MLP dense or routed; each in a residual branch.
 
@@ -109,7 +112,8 @@ class Block(nn.Module):
             return Norm(cfg.norm, cfg.norm_eps, cfg.param_dtype, name=name)(x)
 
         def before(name: str, x: Array) -> Array:
-            return x if cfg.norm_position == "post" else norm(f"{name}_norm", x)
+            x = x if cfg.norm_position == "post" else norm(f"{name}_norm", x)
+            return constrain(x, "batch", "length", "activation")
 
         def add(name: str, x: Array, branch: Array, key: Array | None) -> Array:
             if cfg.norm_position == "sandwich":
@@ -119,7 +123,7 @@ class Block(nn.Module):
             x = x + dropout(branch, cfg.dropout, key)
             if cfg.norm_position == "post":
                 x = norm(f"{name}_norm", x)
-            return constrain(x, "batch", "length", "activation")
+            return constrain(x, "batch", "residual", "activation")
 
         def attention(name: str, x: Array, cache: LayerCache | None, *, cross: bool):
             module = Attention(
@@ -147,7 +151,7 @@ class Block(nn.Module):
             return moe(x, real_BT)
 
         if cfg.parallel_block:
-            y_BTD = norm("attention_norm", x_BTD)
+            y_BTD = before("attention", x_BTD)
             attended, cache = attention("attention", y_BTD, cache, cross=False)
             fed, aux = feed_forward(y_BTD)
             return add("attention", x_BTD, attended + fed, keys[0]), cache, aux
@@ -325,6 +329,7 @@ def apply(
         return block.apply({"params": params_l}, x, ctx, cache_l, layer_key)
 
     def unit(params_u: Params, x: Array, xs: tuple[Params, Array]):
+        params_u = lay_out(params_u, AXES, cfg.dtype, exact=EXACT)
         caches, first = xs
         new_caches, auxes = {}, []
         for j, block in enumerate(blocks):
@@ -339,8 +344,11 @@ def apply(
     for j, params_l in sorted(params.get("tail", {}).items(), key=lambda item: int(item[0])):
         cache_l = None if cache is None else cache["tail"][j]
         index = jnp.asarray(repeats * P + int(j))
-        one = rematerialised(partial(layer, blocks[int(j)]), cfg.remat, scan=False)
-        x_BTD, cache_l, aux = one(params_l, x_BTD, cache_l, index)
+
+        def last(params_l: Params, *rest: Any, block: Block = blocks[int(j)]):
+            return layer(block, lay_out(params_l, AXES, cfg.dtype, exact=EXACT), *rest)
+
+        x_BTD, cache_l, aux = rematerialised(last, cfg.remat, scan=False)(params_l, x_BTD, cache_l, index)
         auxes.append(aux)
         if cache is not None:
             new_cache.setdefault("tail", {})[j] = cache_l
@@ -394,11 +402,18 @@ def _sum_aux(auxes: list[Aux]) -> Aux:
     return jax.tree.map(lambda *a: sum(a[1:], a[0]), *routed) if routed else {}
 
 
+def head(cfg: TransformerConfig, params: Params) -> Params:
+    """The part of the parameters that `unembed` reads, laid out for use."""
+    part = {"embed": {"table": params["embed"]["table"]}} if cfg.tie_embeddings else {"head": params["head"]}
+    return lay_out(part, AXES, cfg.dtype)
+
+
 def unembed(
     cfg: TransformerConfig, params: Params, hidden_BTD: Float[Array, "B T D"]
 ) -> Float[Array, "B T V"]:
     """Logits, in fp32. Reads only `embed/table` or `head/w`."""
     dtypes = dict(dtype=cfg.dtype, accum=cfg.accum_dtype, result="float32", out=("batch", "length", "vocab"))
+    params = head(cfg, params)
     with jax.named_scope("unembed"):
         if cfg.tie_embeddings:
             logits_BTV = matmul("BTD,VD->BTV", hidden_BTD, params["embed"]["table"], **dtypes)

@@ -35,7 +35,7 @@ from jaxlm.generate.decode import Generator, decoder
 from jaxlm.model import transformer
 from jaxlm.optim import ema_params, make_schedule
 from jaxlm.scaling import counting
-from jaxlm.sharding import MESH_AXES, Layout, LeafLayout, describe, make_mesh, use
+from jaxlm.sharding import MESH_AXES, Layout, LeafLayout, describe, make_layout, use
 from jaxlm.train.branch import Branch, find_branch, restore_branch
 from jaxlm.train.checkpoint import Checkpointer, step_dirs
 from jaxlm.train.compilation import counted_compilations
@@ -152,7 +152,7 @@ def train(
         compiled = run.enter_context(counted_compilations(cache_dir))
 
         # ---------------------------------------------------------------------------------------------- mesh
-        layout = Layout(make_mesh(cfg.mesh), cfg.mesh.table())
+        layout = make_layout(cfg.mesh)
         run.enter_context(use(layout))
         place = partial(place_batch, layout)
         _check_shapes(cfg, layout)
@@ -451,7 +451,7 @@ def plan(cfg: RunConfig, *, num_devices: int | None = None) -> Plan:
     """
     sizes = cfg.mesh.shape(num_devices or jax.device_count())
     mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
-    layout = Layout(mesh, cfg.mesh.table())
+    layout = make_layout(cfg.mesh, mesh)
     _check_shapes(cfg, layout)
     tokens = cfg.data.batch_size * cfg.data.seq_len
     schedule = make_schedule(cfg.optim, cfg.train.num_steps, tokens)

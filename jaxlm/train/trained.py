@@ -15,7 +15,7 @@ from jaxlm.errors import UserError, check
 from jaxlm.generate import decode
 from jaxlm.model import transformer
 from jaxlm.optim import ema_params, make_schedule
-from jaxlm.sharding import Layout, MeshConfig, make_mesh, use
+from jaxlm.sharding import Layout, MeshConfig, make_layout, use
 from jaxlm.train.checkpoint import Checkpointer
 from jaxlm.train.compilation import counted_compilations
 from jaxlm.train.programs import Model, optimizer_of
@@ -56,7 +56,7 @@ def load_trained(
     tokenizer = load_tokenizer(str(kept) if kept.is_dir() else cfg.data.tokenizer)
     check_vocabulary(tokenizer, cfg.model.vocab_size)
     mesh = cfg.mesh if mesh is None else mesh
-    layout = Layout(make_mesh(mesh), mesh.table())
+    layout = make_layout(mesh)
     init = partial(transformer.init, cfg.model)
     tokens = cfg.data.batch_size * cfg.data.seq_len
     optimizer = optimizer_of(cfg.model, cfg.optim, make_schedule(cfg.optim, cfg.train.num_steps, tokens))
