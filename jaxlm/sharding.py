@@ -10,10 +10,12 @@ no more than that: `embed` is stored split over `fsdp` and used whole.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -262,12 +264,85 @@ def manual_axes() -> frozenset[str]:
     return frozenset(jax.sharding.get_abstract_mesh().manual_axes)
 
 
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Ask for this layout of an activation; without a layout in use, or on one device, `x` as it is."""
+def constrain(x: jax.Array, *axes: str | None, gradient: tuple[str | None, ...] | None = None) -> jax.Array:
+    """Ask for this layout of an activation; without a layout in use, or on one device, `x` as it is.
+
+    Its gradient gets the same layout, or the one that `gradient` names.
+    """
     layout = current()
     if layout is None:
         return x
-    return jax.lax.with_sharding_constraint(x, layout.fitting(x.shape, axes))
+    spec = layout.fitting(x.shape, axes)
+    back = spec if gradient is None else layout.fitting(x.shape, gradient)
+    if back == spec:
+        return jax.lax.with_sharding_constraint(x, spec)
+    return _constrain_both(x, spec, back)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _constrain_both(x: jax.Array, spec: PartitionSpec, back: PartitionSpec) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+_constrain_both.defvjp(
+    lambda x, spec, back: (jax.lax.with_sharding_constraint(x, spec), None),
+    lambda spec, back, _, g: (jax.lax.with_sharding_constraint(g, back),),
+)
+
+
+def split_axes(axis: str) -> tuple[str, ...]:
+    """The mesh axes that split a logical axis of an activation here and now."""
+    layout = current()
+    return () if layout is None else layout.mesh_axes(axis, compute=True)
+
+
+def on_own_part(
+    fn: Callable[..., tuple[Any, Any]], whole: Sequence[jax.Array], x_BTD: jax.Array, *parts_BT: jax.Array
+) -> tuple[Any, Any]:
+    """`fn(whole, x, *parts)` on every device's own rows and columns, and sums over devices once, after it.
+
+    Left to the compiler, a loop in `fn` that adds up sums over tokens would make each addition a sum over
+    devices. Mesh axes that split neither rows nor columns stay with the compiler.
+
+    Args:
+        fn: returns (sums over its tokens, arrays [B, T, ...]).
+        whole: arrays that every device needs; they travel in the dtype of `x` if that is narrower, and `fn`
+            gets them in that dtype.
+        x_BTD, parts_BT: arrays [B, T, ...].
+
+    Returns:
+        What `fn` gives for all tokens.
+    """
+    layout = current()
+    rows_columns = PartitionSpec() if layout is None else layout.fitting(x_BTD.shape[:2], ("batch", "length"))
+    by_hand = [m for part in rows_columns for m in spec_axes(part)]
+    if not by_hand:
+        return fn(whole, x_BTD, *parts_BT)
+
+    def own(whole: Sequence[jax.Array], *parts: jax.Array) -> tuple[Any, Any]:
+        sums, columns = fn(whole, *parts)
+        return jax.tree.map(lambda s: s[None], sums), columns
+
+    def over_devices(s: jax.Array) -> jax.Array:
+        narrow = s.ndim > 1 and jnp.finfo(layout.reduce_dtype).bits < jnp.finfo(s.dtype).bits
+        s = s.astype(layout.reduce_dtype) if narrow else s
+        return jax.lax.reduce(s, np.zeros((), s.dtype), jax.lax.add, (0,))  # jnp.sum would widen it first
+
+    narrower = jnp.finfo(x_BTD.dtype).bits
+    whole = [w.astype(x_BTD.dtype) if jnp.finfo(w.dtype).bits > narrower else w for w in whole]
+    sums, columns = jax.shard_map(
+        own,
+        in_specs=(PartitionSpec(), *[rows_columns] * (1 + len(parts_BT))),
+        out_specs=(PartitionSpec(tuple(by_hand)), rows_columns),
+        axis_names=set(by_hand),
+        check_vma=False,
+    )(whole, x_BTD, *parts_BT)
+    return jax.tree.map(over_devices, sums), columns
+
+
+def spec_axes(part: Any) -> tuple[str, ...]:
+    """Mesh axes in one entry of a `PartitionSpec`."""
+    return () if part is None else (part,) if isinstance(part, str) else tuple(part)
 
 
 def leaf_axes(name: str, ndim: int, table: Mapping[str, tuple[str | None, ...]]) -> tuple[str | None, ...]:

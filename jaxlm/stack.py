@@ -32,7 +32,7 @@ unstack.defvjp(
 
 
 def _keep_all_but_moved(prim: Any, *_: Any, **params: Any) -> bool:
-    """Keep every residual but casts and changes of layout: else all layers' gathered weights would be kept."""
+    """Keep every residual but casts and changes of layout, else every layer would keep gathered weights."""
     return prim.name not in ("sharding_constraint", "convert_element_type")
 
 

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jaxlm.sharding import constrain, current, leaf_axes, manual_axes
+from jaxlm.sharding import Layout, constrain, current, leaf_axes, manual_axes, spec_axes
 from jaxlm.tree import map_named
 
 # The name by which a remat policy finds the results of `matmul`.
@@ -161,7 +161,8 @@ def lay_out(
         stored, used = layout.spec(axes), layout.spec(axes, compute=True)
         if stored == used:
             return w
-        assert not {m for part in (*stored, *used) for m in _names(part)} & manual, "laid out by hand"
+        if manual & {m for part in (*stored, *used) for m in spec_axes(part)}:
+            return w  # whoever split these axes by hand has gathered it
         key = "/".join(name.split("/")[-2:])
         narrower = key not in exact and jnp.finfo(dtype).bits < jnp.finfo(w.dtype).bits
         return _move(w, stored, used, str(dtype) if narrower else str(w.dtype))
@@ -169,13 +170,64 @@ def lay_out(
     return map_named(one, params)
 
 
-def _names(part: Any) -> tuple[str, ...]:
-    """Mesh axes in one entry of a `PartitionSpec`."""
-    return () if part is None else (part,) if isinstance(part, str) else tuple(part)
-
-
 def gather(
-    table_VD: Float[Array, "V D"], ids: Int[Array, "*S"], *, dtype: str = "float32"
+    table_VD: Float[Array, "V D"],
+    ids_BT: Int[Array, "*S"],
+    axes: tuple[str | None, ...] | None = None,
+    *,
+    dtype: str = "float32",
 ) -> Float[Array, "*S D"]:
-    """Rows of an embedding table, in the compute dtype."""
-    return jnp.take(table_VD, ids, axis=0, mode="clip").astype(dtype)
+    """Rows of an embedding table, in the compute dtype.
+
+    With the table's logical `axes`, on a mesh that splits it, ids and rows travel and the table does not: a
+    device looks up, for all who share its columns of D, the ids that fall into its part of the vocabulary.
+
+    Args:
+        table_VD: in storage layout.
+        ids_BT: out of range, the nearest row is taken.
+        axes: logical axes of the table; None = leave it to the compiler.
+        dtype: of the result.
+    """
+    layout = current()
+    if layout is not None and axes is not None and ids_BT.ndim == 2 and not manual_axes():
+        rows, columns = map(spec_axes, layout.fitting(ids_BT.shape, ("batch", "length")))
+        vocab, embed = (layout.mesh_axes(axis) for axis in axes)
+        if (vocab or embed) and set(embed) <= {*rows, *columns} and not {*rows, *columns} & {*vocab}:
+            return _gather_parts(layout, table_VD, ids_BT, vocab, embed, dtype)
+    return jnp.take(table_VD, ids_BT, axis=0, mode="clip").astype(dtype)
+
+
+def _gather_parts(
+    layout: Layout, table_VD: Array, ids_BT: Array, vocab: tuple[str, ...], embed: tuple[str, ...], dtype: str
+) -> Array:
+    """`gather` of a table split over mesh axes `vocab` and `embed`, the latter among those of the ids."""
+    rows_columns = layout.fitting(ids_BT.shape, ("batch", "length"))
+    out = layout.fitting((*ids_BT.shape, table_VD.shape[1]), ("batch", "residual", None))
+    where = {m: dim for dim, part in enumerate(rows_columns) for m in spec_axes(part)}
+    scattered = set(spec_axes(out[1])) - where.keys()
+
+    def own(table_vd: Array, ids_bt: Array) -> Array:
+        for m in embed:
+            ids_bt = jax.lax.all_gather(ids_bt, m, axis=where[m], tiled=True)
+        size = table_vd.shape[0]
+        ids_bt = jnp.clip(ids_bt, 0, table_VD.shape[0] - 1)
+        ids_bt = ids_bt - (jax.lax.axis_index(vocab) * size if vocab else 0)
+        mine = (ids_bt >= 0) & (ids_bt < size)
+        x = jnp.where(mine[..., None], jnp.take(table_vd, ids_bt, axis=0, mode="clip"), 0).astype(dtype)
+        waiting = list(embed)
+        while any(where[m] for m in waiting):  # columns come home before they are split once more
+            m = waiting.pop()
+            x = jax.lax.all_to_all(x, m, where[m], 2, tiled=True)
+        for m in vocab:  # one term of each sum is not zero, so that it is exact in any dtype
+            x = (
+                jax.lax.psum_scatter(x, m, scatter_dimension=1, tiled=True)
+                if m in scattered
+                else jax.lax.psum(x, m)
+            )
+        while waiting:
+            m = waiting.pop()
+            x = jax.lax.all_to_all(x, m, where[m], 2, tiled=True)
+        return x
+
+    split = PartitionSpec(vocab or None, embed or None)
+    return jax.shard_map(own, in_specs=(split, rows_columns), out_specs=out)(table_VD, ids_BT)

@@ -16,6 +16,7 @@ from jaxlm.errors import UserError, check, check_choice
 from jaxlm.model.cache import LayerCache, write
 from jaxlm.model.layers import Norm, normal_init
 from jaxlm.model.positions import rotate
+from jaxlm.sharding import constrain
 from jaxlm.weights import matmul, product
 
 KINDS = ("global", "local")
@@ -393,6 +394,7 @@ class Attention(nn.Module):
             sinks_N=sinks_N,
             **dtypes,
         )
+        out_BTNH = constrain(out_BTNH, "batch", "length", "heads", "head_dim")
         out_init = normal_init(self.init_std(N * H) * self.out_scale)
         wo_NHD = self.param("wo", out_init, (N, H, D), self.param_dtype)
         with jax.named_scope("out"):

@@ -79,6 +79,7 @@ for _leaf in ("wq", "wk", "wv", "wo", "bq", "bk", "bv", "bo", "sinks"):
     AXES[f"cross_attention/{_leaf}"] = AXES[f"attention/{_leaf}"]
 
 
+STREAM = ("batch", "residual", "activation")  # of the residual stream, between blocks
 EXACT = ("moe/router_w",)  # leaves that are used in their own dtype, not in the model's
 
 
@@ -113,7 +114,8 @@ class Block(nn.Module):
 
         def before(name: str, x: Array) -> Array:
             x = x if cfg.norm_position == "post" else norm(f"{name}_norm", x)
-            return constrain(x, "batch", "length", "activation")
+            # Here the columns of the stream come together; what flows back is summed into parts again.
+            return constrain(x, *STREAM[:1], "length", *STREAM[2:], gradient=STREAM)
 
         def add(name: str, x: Array, branch: Array, key: Array | None) -> Array:
             if cfg.norm_position == "sandwich":
@@ -123,7 +125,7 @@ class Block(nn.Module):
             x = x + dropout(branch, cfg.dropout, key)
             if cfg.norm_position == "post":
                 x = norm(f"{name}_norm", x)
-            return constrain(x, "batch", "residual", "activation")
+            return constrain(x, *STREAM)
 
         def attention(name: str, x: Array, cache: LayerCache | None, *, cross: bool):
             module = Attention(
@@ -266,15 +268,17 @@ def embed(
     cfg: TransformerConfig, params: Params, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"]
 ) -> Float[Array, "B T D"]:
     """Token embeddings, scaled if asked, plus absolute positions if the scheme has them."""
-    x_BTD = gather(params["embed"]["table"], tokens_BT, dtype=cfg.dtype)
+    x_BTD = gather(params["embed"]["table"], tokens_BT, AXES["embed/table"], dtype=cfg.dtype)
     if cfg.scale_embeddings:
         scale = cfg.model_dim**0.5 * rules(cfg)["embedding"].output
         x_BTD = x_BTD * jnp.asarray(scale, x_BTD.dtype)
     if cfg.position.kind == "learned":
-        x_BTD = x_BTD + gather(params["embed"]["positions"], positions_BT, dtype=cfg.dtype)
+        x_BTD = x_BTD + gather(
+            params["embed"]["positions"], positions_BT, AXES["embed/positions"], dtype=cfg.dtype
+        )
     elif cfg.position.kind == "sinusoidal":
         x_BTD = x_BTD + pos.sinusoidal(positions_BT, cfg.model_dim).astype(cfg.dtype)
-    return constrain(x_BTD, "batch", "length", "activation")
+    return constrain(x_BTD, *STREAM)
 
 
 def apply(
