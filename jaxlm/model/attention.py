@@ -6,6 +6,7 @@ an error that names a backend which can, never a silent fallback.
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -14,9 +15,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxlm.errors import UserError, check, check_choice
 from jaxlm.model.cache import LayerCache, write
+from jaxlm.model.context_parallel import CONTEXTS, attend_split
 from jaxlm.model.layers import Norm, normal_init
 from jaxlm.model.positions import rotate
-from jaxlm.sharding import constrain
+from jaxlm.sharding import constrain, split_axes
 from jaxlm.weights import matmul, product
 
 KINDS = ("global", "local")
@@ -38,6 +40,7 @@ class AttentionConfig:
     out_bias: bool = False  # bias on the output projection
     scale: float = 0.0  # of the scores; 0 = head_dim ** -0.5
     backend: str = "blocked"  # name in jaxlm.model.attention.BACKENDS
+    context: str = "gather"  # over columns that mesh.sequence splits: gather | ring | ulysses
 
     def __post_init__(self) -> None:
         check(self.num_heads >= 1, f"model.attention.num_heads={self.num_heads} must be at least 1")
@@ -55,6 +58,7 @@ class AttentionConfig:
         )
         check(self.softcap >= 0.0, f"model.attention.softcap={self.softcap} must not be negative")
         check_choice(self.backend, BACKENDS, "model.attention.backend")
+        check_choice(self.context, CONTEXTS, "model.attention.context")
 
     @property
     def kv_heads(self) -> int:
@@ -308,6 +312,7 @@ class Context:
     rotation: dict[str, tuple[Array, Array]] | None = None  # layer kind -> (cos, sin)
     bias: Callable[[Array, Array], Array] | None = None  # (q positions, k positions) -> bias_BNTS
     ordered: bool = True  # positions grow along every document, see `Mask`
+    zigzag: bool = False  # columns lie in the order of `context_parallel.zigzag`
     memory_BSD: Float[Array, "B S D"] | None = None
     memory_segments_BS: Int[Array, "B S"] | None = None
 
@@ -382,18 +387,11 @@ class Attention(nn.Module):
 
         sinks_N = self.param("sinks", nn.initializers.zeros, (N,), self.param_dtype) if cfg.sinks else None
         bias = ctx.bias(mask.q_positions_BT, mask.k_positions_BS) if ctx.bias and not self.cross else None
-        out_BTNH = attend(
-            q_BTNH,
-            k_BSKH,
-            v_BSKH,
-            mask,
-            backend=cfg.backend,
-            scale=cfg.scale or H**-0.5,
-            bias_BNTS=bias,
-            softcap=cfg.softcap,
-            sinks_N=sinks_N,
-            **dtypes,
-        )
+        options = dict(scale=cfg.scale or H**-0.5, bias_BNTS=bias, softcap=cfg.softcap, sinks_N=sinks_N)
+        one = partial(attend, backend=cfg.backend)
+        if cache is None and not self.cross and split_axes("length"):
+            one = partial(attend_split, one, context=cfg.context, zigzag=ctx.zigzag)
+        out_BTNH = one(q_BTNH, k_BSKH, v_BSKH, mask, **options, **dtypes)
         out_BTNH = constrain(out_BTNH, "batch", "length", "heads", "head_dim")
         out_init = normal_init(self.init_std(N * H) * self.out_scale)
         wo_NHD = self.param("wo", out_init, (N, H, D), self.param_dtype)

@@ -6,6 +6,7 @@ import math
 from jaxlm.errors import UserError, check, check_choice
 from jaxlm.model import positions as pos
 from jaxlm.model.attention import AttentionConfig, check_backend
+from jaxlm.model.context_parallel import check_context
 from jaxlm.model.layers import ACTIVATIONS
 from jaxlm.model.moe import MoEConfig
 from jaxlm.model.positions import PositionConfig
@@ -91,6 +92,13 @@ class TransformerConfig:
             softcap=self.attention.softcap > 0,
             sinks=self.attention.sinks,
             bias=self.position.kind in ("alibi", "t5"),
+        )
+
+        check_context(self.attention.context, bias=self.position.kind in ("alibi", "t5"))
+        check(
+            self.attention.context != "ring" or not has_moe or self.moe.dispatch != "capacity",
+            "model.attention.context='ring' changes the order of columns, by which model.moe.dispatch="
+            "'capacity' drops tokens; use context 'gather' or 'ulysses', or dispatch 'dropless'",
         )
 
     def _check_parametrization(self) -> None:

@@ -23,10 +23,12 @@ from jaxlm.model import positions as pos
 from jaxlm.model.attention import Attention, Context
 from jaxlm.model.cache import LayerCache, empty
 from jaxlm.model.config import TransformerConfig
+from jaxlm.model.context_parallel import CONTEXTS, check_columns
+from jaxlm.model.context_parallel import zigzag as in_zigzag
 from jaxlm.model.layers import MLP, Norm, dropout, normal_init
 from jaxlm.model.moe import MoE
 from jaxlm.model.parametrization import attention_config, initial_std, out_scale, rules
-from jaxlm.sharding import constrain, use
+from jaxlm.sharding import constrain, split_axes, use
 from jaxlm.stack import rematerialised, run_stack
 from jaxlm.tree import map_named
 from jaxlm.weights import gather, lay_out, matmul
@@ -319,9 +321,15 @@ def apply(
         raise UserError(
             f"{T} columns, but model.position.max_length={cfg.position.max_length} learned positions"
         )
+    zigzag = CONTEXTS[cfg.attention.context].zigzag and ordered and cfg.causal and cache is None
+    if cache is None:
+        check_columns(T, zigzag=zigzag)
+    if zigzag := zigzag and bool(split_axes("length")):
+        tokens_BT, positions_BT = in_zigzag(tokens_BT), in_zigzag(positions_BT)
+        segments_BT = None if segments_BT is None else in_zigzag(segments_BT)
     bias_table = params["position_bias"]["table"] if cfg.position.kind == "t5" else None
     ctx = _context(cfg, positions_BT, segments_BT, allowed_BTS, bias_table)
-    ctx = dataclasses.replace(ctx, ordered=ordered)
+    ctx = dataclasses.replace(ctx, ordered=ordered and not zigzag, zigzag=zigzag)
     embed_key, stack_key = (None, None) if key is None else jax.random.split(key)
     x_BTD = dropout(embed(cfg, params, tokens_BT, positions_BT), cfg.dropout, embed_key)
 
@@ -358,6 +366,8 @@ def apply(
             new_cache.setdefault("tail", {})[j] = cache_l
     if "final_norm" in params:
         x_BTD = Norm(cfg.norm, cfg.norm_eps, cfg.param_dtype).apply({"params": params["final_norm"]}, x_BTD)
+    if zigzag:
+        x_BTD = in_zigzag(x_BTD, back=True)
     aux = _sum_aux(auxes)
     if "loss" in aux:
         aux["loss"] = aux["loss"] / cfg.num_moe_layers
