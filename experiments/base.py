@@ -68,6 +68,7 @@ def get_config(size: str = "full") -> ConfigDict:
     model.attention.out_bias = False  # bias on the output projection
     model.attention.scale = 0.0  # of the scores; 0 = head_dim ** -0.5
     model.attention.backend = "blocked"  # name in jaxlm.model.attention.BACKENDS
+    model.attention.context = "gather"  # over columns that mesh.sequence splits: gather | ring | ulysses
 
     model.position.kind = "rope"  # rope | alibi | learned | sinusoidal | t5 | none
     model.position.theta = 10000.0  # RoPE base: pair i turns theta ** (-2 i / R) radians per token
@@ -158,7 +159,14 @@ def get_config(size: str = "full") -> ConfigDict:
     mesh.fsdp = 1  # parameters, gradients and optimizer state split along `embed`; rows split too
     mesh.tensor = 1  # heads, mlp and vocabulary split (Megatron layout)
     mesh.expert = 1  # experts split; rows split too
+    mesh.sequence = 1  # columns of the batch split (context parallelism)
+    mesh.pipe = 1  # layers split into stages
+    mesh.slices = 1  # groups of devices with fast links, joined by a data-centre network
+    mesh.dcn = "data"  # the axis that crosses it: data | pipe; the others stay inside a slice
     mesh.rules = ()  # (logical axis, mesh axes) pairs that replace those of RULES
+    mesh.compute_rules = ()  # likewise of COMPUTE: weights where they are used
+    mesh.reduce_dtype = "float32"  # in which weight gradients are summed over devices: float32 | bfloat16
+    mesh.compiler_options = ()  # (name, value) for the compiler of the train step
 
     # What the loop does and how often; steps count updates of the parameters.
     train = config.train

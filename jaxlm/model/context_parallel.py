@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from jaxlm.errors import UserError, check
-from jaxlm.sharding import current, manual_axes, spec_axes
+from jaxlm.sharding import Layout, current, manual_axes, spec_axes
 from jaxlm.weights import product
 
 QUERIES = 512  # of a hop whose scores exist at a time
@@ -53,9 +53,8 @@ def check_context(name: str, *, bias: bool = False, allowed: bool = False) -> No
         raise UserError(f"model.attention.context={name!r} has no {' and no '.join(lacking)}; use {choices}")
 
 
-def check_columns(length: int, *, zigzag: bool) -> None:
-    """Raise `UserError` if the mesh in use does not divide the columns of a batch."""
-    layout = current()
+def check_columns(length: int, layout: Layout | None, *, zigzag: bool) -> None:
+    """Raise `UserError` if the mesh does not divide the columns of a batch."""
     parts = 1 if layout is None else layout.size(layout.mesh_axes("length", compute=True))
     unit = 2 * parts if zigzag and parts > 1 else parts
     check(

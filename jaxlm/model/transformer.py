@@ -28,7 +28,7 @@ from jaxlm.model.context_parallel import zigzag as in_zigzag
 from jaxlm.model.layers import MLP, Norm, dropout, normal_init
 from jaxlm.model.moe import MoE
 from jaxlm.model.parametrization import attention_config, initial_std, out_scale, rules
-from jaxlm.sharding import constrain, split_axes, use
+from jaxlm.sharding import constrain, current, split_axes, use
 from jaxlm.stack import rematerialised, run_stack
 from jaxlm.tree import map_named
 from jaxlm.weights import gather, lay_out, matmul
@@ -323,7 +323,7 @@ def apply(
         )
     zigzag = CONTEXTS[cfg.attention.context].zigzag and ordered and cfg.causal and cache is None
     if cache is None:
-        check_columns(T, zigzag=zigzag)
+        check_columns(T, current(), zigzag=zigzag)
     if zigzag := zigzag and bool(split_axes("length")):
         tokens_BT, positions_BT = in_zigzag(tokens_BT), in_zigzag(positions_BT)
         segments_BT = None if segments_BT is None else in_zigzag(segments_BT)

@@ -33,6 +33,7 @@ from jaxlm.errors import UserError, check
 from jaxlm.evaluate import evaluate
 from jaxlm.generate.decode import Generator, decoder
 from jaxlm.model import transformer
+from jaxlm.model.context_parallel import CONTEXTS, check_columns
 from jaxlm.optim import ema_params, make_schedule
 from jaxlm.scaling import counting
 from jaxlm.sharding import MESH_AXES, Layout, LeafLayout, describe, make_layout, use
@@ -360,6 +361,8 @@ def _check_shapes(cfg: RunConfig, layout: Layout) -> None:
             f"data.batch_size={B} is not divisible by train.microbatches={M} x {shards} mesh devices that "
             f"share the rows; the nearest that is: {max(step, round(B / step) * step)}"
         )
+    zigzag = CONTEXTS[cfg.model.attention.context].zigzag and cfg.model.causal
+    check_columns(cfg.data.seq_len, layout, zigzag=zigzag)
     longest = cfg.model.position.max_length
     if cfg.model.position.kind == "learned":
         check(
