@@ -1,8 +1,8 @@
 """Presets by hardware: what to run a model with on so many devices of a kind.
 
-A table and no search: the first rule whose pattern matches "KIND x COUNT" says the mesh, the remat policy, the
-attention backend and the compiler options that are a sound start there. `jaxlm config --preset` applies one
-and prints it as overrides.
+A table and no search: the first rule whose pattern matches "KIND x COUNT" says the mesh, the remat policy,
+the attention backend and the compiler options that are a sound start there. `jaxlm config --preset` applies
+one and prints it as overrides.
 """
 
 import dataclasses
@@ -21,9 +21,7 @@ class Preset:
 
     pattern: str  # regex over the whole of "KIND x COUNT"
     mesh: dict[str, int]  # sizes of axes, those left out 1; -1 takes all devices that the others leave
-    slice_devices: int = (
-        0  # devices that fast links join; more of them are several slices; 0 = all are joined
-    )
+    slice_devices: int = 0  # devices that fast links join, more are several slices; 0 = all are joined
     remat: str = "full"
     backend: str = "blocked"
     compiler_options: tuple[tuple[str, str], ...] = ()
