@@ -7,9 +7,9 @@ import dataclasses
 import math
 import re
 from functools import partial
-from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -24,6 +24,7 @@ from jaxlm.sharding import MESH_AXES, Layout, MeshConfig, make_layout, make_mesh
 from jaxlm.train.state import abstract_state, create_state
 from jaxlm.train.step import make_step
 from jaxlm.tree import named_leaves
+from jaxlm.weights import matmul
 
 B, T, V = 8, 16, 64
 
@@ -198,6 +199,17 @@ def test_a_mesh_larger_than_the_machine_or_a_size_it_does_not_divide_is_refused(
         tree_shardings(layout, tf.abstract_params(DENSE), tf.AXES)
 
 
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A device of one of several slices, as far as a mesh asks."""
+
+    id: int
+    slice_index: int
+    process_index: int
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+
+
 def test_slices_take_consecutive_parts_of_the_axis_that_crosses_them():
     ids = np.vectorize(lambda device: device.id)
     first = lambda mesh, **where: ids(mesh.devices)[tuple(where.get(a, slice(None)) for a in MESH_AXES)]  # noqa: E731
@@ -209,9 +221,6 @@ def test_slices_take_consecutive_parts_of_the_axis_that_crosses_them():
         make_mesh(MeshConfig(data=1, fsdp=8, slices=2))
     with pytest.raises(UserError, match=r"mesh.dcn='tensor' is not one of 'data', 'pipe'"):
         MeshConfig(dcn="tensor")
-
-    class Chip(SimpleNamespace):
-        platform, device_kind = "cpu", "cpu"
 
     chips = [Chip(id=i, slice_index=i % 2, process_index=i % 2) for i in range(8)]
     grid = make_mesh(MeshConfig(data=2, fsdp=4, slices=2), chips).devices
@@ -234,3 +243,22 @@ def test_the_preset_of_some_hardware_fits_it_and_unknown_hardware_is_refused():
     assert preset("TPU v6 lite x 512")[0].overrides(512)["mesh.slices"] == 2
     with pytest.raises(UserError, match="no mesh rule matches 'abacus x 3'"):
         preset("abacus x 3")
+
+
+@pytest.mark.parametrize("reduce_dtype", ["float32", "bfloat16"])
+def test_sums_over_devices_are_made_in_the_dtype_asked_for(reduce_dtype):
+    """The compiler puts them right behind the product, in the dtype of its result."""
+    x, w = jnp.ones((2, 4, 8), jnp.bfloat16), jnp.ones((8, 16))
+
+    def results(mesh):
+        with use(make_layout(mesh, make_mesh(mesh, jax.devices()[: mesh.fsdp * mesh.tensor]))):
+            grad = jax.grad(lambda x, w: matmul("BTD,DF->BTF", x, w, dtype="bfloat16").sum(), argnums=(0, 1))
+            jaxpr = str(jax.make_jaxpr(grad)(x, w))
+        return re.findall(r"(\w+)\[([\d,]+)\] = dot_general", jaxpr)
+
+    short = {"float32": "f32", "bfloat16": "bf16"}[reduce_dtype]
+    mesh = MeshConfig(data=1, fsdp=2, tensor=2, reduce_dtype=reduce_dtype)
+    found = {shape: dtype for dtype, shape in results(mesh)}
+    assert found == {"8,16": short, "2,4,16": "bf16", "2,4,8": "bf16"}
+    found = results(MeshConfig(data=1, reduce_dtype=reduce_dtype))
+    assert {dtype for dtype, _ in found} == {"f32"}
