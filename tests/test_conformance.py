@@ -6,8 +6,9 @@ costs, so each mesh takes the next of the models that fit it; `CONFORMANCE=all p
 every mesh.
 
 Tolerances, fp32. A gradient is a sum of some thousand products, each rounded to 6e-8; in another order such a
-sum moves by 2e-5 of the largest value of its leaf at most. Twenty updates let such differences grow, about
-tenfold here, before they reach the loss: 1e-4 of it.
+sum moves by 2e-5 of the largest value of its leaf at most. Moving every initial parameter by one rounding
+moves the losses of 20 updates by 2e-7 on one device; a mesh, which rounds otherwise in every update, may move
+them by 2e-5. (With heads of two dimensions, QK-norm would make that 1e-3: no model here has them.)
 """
 
 import dataclasses
@@ -51,8 +52,8 @@ MODELS = {
         mlp_bias=True,
         remat="full",
         attention=AttentionConfig(
-            num_heads=8, num_kv_heads=4, pattern=("local", "global"), window=5, qk_norm=True,
-            qkv_bias=True, out_bias=True, sinks=True, softcap=5.0, backend="reference",
+            num_heads=8, num_kv_heads=4, head_dim=8, pattern=("local", "global"), window=5,
+            qk_norm=True, qkv_bias=True, out_bias=True, sinks=True, softcap=5.0, backend="reference",
         ),
     ),
     "capacity": dataclasses.replace(
@@ -192,7 +193,7 @@ def test_training_on_a_mesh_is_training_on_one_device(model, mesh):
     np.testing.assert_allclose(losses[0], want_losses[0], rtol=2e-6)
     for leaf, g in want.items():
         np.testing.assert_allclose(got[leaf], g, rtol=1e-4, atol=2e-5 * np.abs(g).max() + 1e-9, err_msg=leaf)
-    np.testing.assert_allclose(losses, want_losses, rtol=1e-4)
+    np.testing.assert_allclose(losses, want_losses, rtol=2e-5)
 
 
 def test_the_table_covers_every_axis_alone_and_twenty_products():
