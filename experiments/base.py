@@ -50,7 +50,7 @@ def get_config(size: str = "full") -> ConfigDict:
     # mup, completep: its head_dim; 0 = attention.head_dim (width adds heads)
     model.base_head_dim = 0
     model.scan = True  # lax.scan over the layers, or an unrolled loop
-    model.remat = "none"  # none | minimal | full: name in jaxlm.stack.REMAT
+    model.remat = "none"  # none | minimal | full | offload | offload_minimal, see jaxlm.stack.REMAT
     model.dtype = "float32"  # operands of products, and activations
     model.param_dtype = "float32"  # stored parameters
     model.accum_dtype = "float32"  # sums inside products
@@ -99,6 +99,8 @@ def get_config(size: str = "full") -> ConfigDict:
     model.moe.dispatch = "dropless"  # dropless | capacity
     model.moe.capacity_factor = 1.25  # C = ceil(this * T * top_k / E) tokens per expert and row (capacity)
     model.moe.dropless_backend = "auto"  # auto | dense | loop | ragged, see `dropless_backend`
+    model.moe.exchange = "auto"  # dropless, between devices: auto | ragged | padded, see jaxlm.model.dispatch
+    model.moe.buffer_factor = 0.0  # dropless: choices a device can receive, over its fair share; 0 = all
     model.moe.load_balance = 0.01  # coefficient of the load-balance loss
     model.moe.router_z = 0.001  # coefficient of the router z-loss
     # loss-free balancing: a learned bias per expert that moves selection only

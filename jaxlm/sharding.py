@@ -26,9 +26,10 @@ from jaxlm.tree import map_named, named_leaves
 # From the slowest links to the fastest, as devices are numbered: neighbours along `tensor` talk most.
 MESH_AXES = ("pipe", "data", "fsdp", "expert", "sequence", "tensor")
 
-# Logical axis -> mesh axes, in storage. Every device has its own part of the batch except along `tensor`.
+# Logical axis -> mesh axes, in storage. Every device has its own part of the batch except along `tensor`;
+# stages of a pipeline share out rows like replicas do, for embedding and head.
 RULES: dict[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp", "expert"),
+    "batch": ("pipe", "data", "fsdp", "expert"),
     "length": ("sequence",),
     "residual": ("sequence", "tensor"),  # columns of the stream between blocks, where all work is per column
     "embed": ("fsdp",),
@@ -38,11 +39,11 @@ RULES: dict[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "vocab": ("tensor",),
     "experts": ("expert",),
-    "expert_batch": ("data", "fsdp"),  # rows of tokens that stand beside an experts dimension
+    "expert_batch": ("pipe", "data", "fsdp"),  # rows of tokens that stand beside an experts dimension
     "expert_mlp": ("tensor",),
     "activation": (),
     "norm": (),
-    "layers": (),
+    "layers": ("pipe",),
 }
 # What differs where a weight is used.
 COMPUTE: dict[str, tuple[str, ...]] = {"embed": ()}
@@ -61,6 +62,8 @@ class MeshConfig:
     expert: int = 1  # experts split; rows split too
     sequence: int = 1  # columns of the batch split (context parallelism)
     pipe: int = 1  # layers split into stages
+    pipe_microbatches: int = 0  # parts of a batch that follow each other through the stages; 0 = one a stage
+    pipe_repeats: int = 1  # blocks of layers a stage holds: 1 = GPipe, more = circular (smaller bubble)
     slices: int = 1  # groups of devices with fast links, joined by a data-centre network
     dcn: str = "data"  # the axis that crosses it: data | pipe; the others stay inside a slice
     rules: tuple[tuple[str, str], ...] = ()  # (logical axis, mesh axes) pairs that replace those of RULES
@@ -77,6 +80,9 @@ class MeshConfig:
                     check_choice(mesh_axis, MESH_AXES, f"mesh.{where}: {axis}")
         check_choice(self.reduce_dtype, REDUCE_DTYPES, "mesh.reduce_dtype")
         check_choice(self.dcn, DCN_AXES, "mesh.dcn")
+        check(self.pipe_repeats >= 1, f"mesh.pipe_repeats={self.pipe_repeats} must be at least 1")
+        parts = self.pipe_microbatches
+        check(parts >= 0, f"mesh.pipe_microbatches={parts} must not be negative")
         check(self.slices >= 1, f"mesh.slices={self.slices} must be at least 1")
         for name, n in sizes.items():
             if n != -1 and n < 1:
@@ -169,6 +175,8 @@ class Layout:
     rules: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=lambda: dict(RULES))
     compute: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=lambda: RULES | COMPUTE)
     reduce_dtype: str = "float32"  # of the sums of weight gradients over devices
+    pipe_microbatches: int = 0  # see `MeshConfig`
+    pipe_repeats: int = 1
 
     def spec(self, axes: Sequence[str | None], *, compute: bool = False) -> PartitionSpec:
         """The `PartitionSpec` of an array whose dimensions carry these logical axes (None = replicated).
@@ -217,6 +225,21 @@ class Layout:
         """Into how many parts the rules split a logical axis."""
         return self.size(self.rules[axis])
 
+    @property
+    def stages(self) -> int:
+        """Stages of the pipeline."""
+        return self.mesh.shape.get("pipe", 1)
+
+    @property
+    def pipeline_parts(self) -> int:
+        """Microbatches that follow each other through the stages."""
+        return self.pipe_microbatches or self.stages
+
+    @property
+    def row_multiple(self) -> int:
+        """The number of rows of a batch must be a multiple of this."""
+        return self.size([m for m in self.rules["batch"] if m != "pipe"]) * self.pipeline_parts
+
     def size(self, mesh_axes: Sequence[str]) -> int:
         """Product of the sizes of these mesh axes."""
         return math.prod(self.mesh.shape[m] for m in mesh_axes)
@@ -230,10 +253,18 @@ def make_layout(cfg: MeshConfig, mesh: Mesh | AbstractMesh | None = None) -> Lay
     """The layout of a config on `mesh`; default: on the devices of this machine.
 
     Raises:
-        UserError: as `make_mesh`.
+        UserError: as `make_mesh`, or microbatches that do not suit the stages.
     """
     mesh = make_mesh(cfg) if mesh is None else mesh
-    return Layout(mesh, cfg.table(), cfg.compute_table(), cfg.reduce_dtype)
+    pipeline = (cfg.pipe_microbatches, cfg.pipe_repeats)
+    layout = Layout(mesh, cfg.table(), cfg.compute_table(), cfg.reduce_dtype, *pipeline)
+    S, M = layout.stages, layout.pipeline_parts
+    check(
+        M % S == 0,
+        f"mesh.pipe_microbatches={M} is not a multiple of mesh.pipe={S}; the nearest that is: "
+        f"{max(S, round(M / S) * S)}",
+    )
+    return layout
 
 
 _current: Layout | None = None

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jaxlm.sharding import current
 from jaxlm.weights import PRODUCT
 
+Block = Callable[[Any, Any, Any], tuple[Any, Any]]  # (one layer's params, carry, its slice of xs)
+
 REMAT: dict[str, Callable[..., Any] | None] = {
     "none": None,  # keep every residual
     # keep weight products, in their own dtype; by name, as a policy does not see into their custom gradient
@@ -47,7 +49,7 @@ def rematerialised(block: Callable[..., Any], remat: str, *, scan: bool) -> Call
 
 
 def run_stack(
-    block: Callable[[Any, Any, Any], tuple[Any, Any]],
+    block: Block,
     params: Any,
     carry: Any,
     xs: Any = None,

@@ -22,6 +22,7 @@ L0 = {
     "stack",
     "transforms",
     "mesh_rules",
+    "pipeline",
 }
 L1 = {"model", "data", "optim"}
 L2 = {"objectives", "generate", "scaling"}

@@ -28,6 +28,7 @@ from jaxlm.model.context_parallel import zigzag as in_zigzag
 from jaxlm.model.layers import MLP, Norm, dropout, normal_init
 from jaxlm.model.moe import MoE
 from jaxlm.model.parametrization import attention_config, initial_std, out_scale, rules
+from jaxlm.pipeline import run_layers
 from jaxlm.sharding import constrain, current, split_axes, use
 from jaxlm.stack import rematerialised, run_stack
 from jaxlm.tree import map_named
@@ -328,31 +329,50 @@ def apply(
         tokens_BT, positions_BT = in_zigzag(tokens_BT), in_zigzag(positions_BT)
         segments_BT = None if segments_BT is None else in_zigzag(segments_BT)
     bias_table = params["position_bias"]["table"] if cfg.position.kind == "t5" else None
-    ctx = _context(cfg, positions_BT, segments_BT, allowed_BTS, bias_table)
-    ctx = dataclasses.replace(ctx, ordered=ordered and not zigzag, zigzag=zigzag)
     embed_key, stack_key = (None, None) if key is None else jax.random.split(key)
+    rows = {"positions_BT": positions_BT, "segments_BT": segments_BT, "allowed_BTS": allowed_BTS}
+    shared = {"position_table": bias_table, "key": stack_key}
     x_BTD = dropout(embed(cfg, params, tokens_BT, positions_BT), cfg.dropout, embed_key)
 
     blocks, P = _blocks(cfg), cfg.period
     repeats = cfg.num_layers // P
 
-    def layer(block: Block, params_l: Params, x: Array, cache_l: LayerCache | None, index: Array):
-        layer_key = None if stack_key is None else jax.random.fold_in(stack_key, index)
-        return block.apply({"params": params_l}, x, ctx, cache_l, layer_key)
+    def layer_of(rows: Params, shared: Params, part: Array | None = None):
+        """What one layer does with these rows; `part` is their microbatch in a pipeline."""
+        ctx = _context(cfg, **rows, position_table=shared["position_table"])
+        ctx, key = dataclasses.replace(ctx, ordered=ordered and not zigzag, zigzag=zigzag), shared["key"]
+        if key is not None and part is not None:
+            key = jax.random.fold_in(key, part)
 
-    def unit(params_u: Params, x: Array, xs: tuple[Params, Array]):
-        params_u = lay_out(params_u, AXES, cfg.dtype, exact=EXACT)
-        caches, first = xs
-        new_caches, auxes = {}, []
-        for j, block in enumerate(blocks):
-            x, new_caches[str(j)], aux = layer(block, params_u[str(j)], x, caches.get(str(j)), first + j)
-            auxes.append(aux)
-        return x, (new_caches, _sum_aux(auxes))
+        def layer(block: Block, params_l: Params, x: Array, cache_l: LayerCache | None, index: Array):
+            layer_key = None if key is None else jax.random.fold_in(key, index)
+            return block.apply({"params": params_l}, x, ctx, cache_l, layer_key)
 
-    xs = ({} if cache is None else cache["blocks"], jnp.arange(0, repeats * P, P))
-    x_BTD, (new_blocks, aux) = run_stack(unit, params["blocks"], x_BTD, xs, scan=cfg.scan, remat=cfg.remat)
+        return layer
+
+    def unit_of(rows: Params, shared: Params, part: Array | None = None):
+        layer = layer_of(rows, shared, part)
+
+        def unit(params_u: Params, x: Array, xs: tuple[Params, Array]):
+            params_u = lay_out(params_u, AXES, cfg.dtype, exact=EXACT)
+            caches, first = xs
+            new_caches, auxes = {}, []
+            for j, block in enumerate(blocks):
+                x, new_caches[str(j)], aux = layer(block, params_u[str(j)], x, caches.get(str(j)), first + j)
+                auxes.append(aux)
+            return x, (new_caches, _sum_aux(auxes))
+
+        return unit
+
+    xs, how = ({}, jnp.arange(0, repeats * P, P)), dict(scan=cfg.scan, remat=cfg.remat)
+    if cache is None:
+        x_BTD, (new_blocks, aux) = run_layers(unit_of, params["blocks"], x_BTD, xs, rows, shared, **how)
+    else:  # under a pipeline too, where each device then reads every stage's layers: slow, and right
+        xs = (cache["blocks"], xs[1])
+        x_BTD, (new_blocks, aux) = run_stack(unit_of(rows, shared), params["blocks"], x_BTD, xs, **how)
     auxes = [jax.tree.map(lambda a: jnp.sum(a, axis=0), aux)]
     new_cache = None if cache is None else {"blocks": new_blocks}
+    layer = layer_of(rows, shared)
     for j, params_l in sorted(params.get("tail", {}).items(), key=lambda item: int(item[0])):
         cache_l = None if cache is None else cache["tail"][j]
         index = jnp.asarray(repeats * P + int(j))

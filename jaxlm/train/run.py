@@ -263,7 +263,7 @@ def train(
         if held_out is not None:
             periodic.append(Every(t.eval_every, evaluate_now, "eval", cause="eval", last=True))
         if t.noise_scale_every:
-            parts = choose_parts(cfg.data.batch_size, layout.shards("batch"), max(t.microbatches, 8))
+            parts = choose_parts(cfg.data.batch_size, layout.row_multiple, max(t.microbatches, 8))
             noise = NoiseScale(
                 make_part_squares(device.objective, parts),
                 lambda done: place(loader(done)),
@@ -354,12 +354,13 @@ def _finite(x: float) -> float | None:
 
 def _check_shapes(cfg: RunConfig, layout: Layout) -> None:
     """What no room can see alone: does the batch fit the mesh, and a row the model."""
-    B, M, shards = cfg.data.batch_size, cfg.train.microbatches, layout.shards("batch")
-    if B % (M * shards):
-        step = M * shards
+    B, M, multiple = cfg.data.batch_size, cfg.train.microbatches, layout.row_multiple
+    if B % (M * multiple):
+        step, parts = M * multiple, layout.pipeline_parts
+        pipe = f"{parts} microbatches in the pipeline x " if layout.stages > 1 else ""
         raise UserError(
-            f"data.batch_size={B} is not divisible by train.microbatches={M} x {shards} mesh devices that "
-            f"share the rows; the nearest that is: {max(step, round(B / step) * step)}"
+            f"data.batch_size={B} is not divisible by train.microbatches={M} x {pipe}{multiple // parts} "
+            f"mesh devices that share the rows; the nearest that is: {max(step, round(B / step) * step)}"
         )
     zigzag = CONTEXTS[cfg.model.attention.context].zigzag and cfg.model.causal
     check_columns(cfg.data.seq_len, layout, zigzag=zigzag)

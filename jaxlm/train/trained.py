@@ -123,12 +123,13 @@ def score(
 ) -> evaluation.EvalResult:
     """Score a loaded model; arguments as of `evaluate`."""
     cfg, layout, tokenizer = trained.cfg, trained.layout, trained.tokenizer
-    shards = layout.shards("batch")
-    if batch_size % shards:
+    multiple = layout.row_multiple
+    if batch_size % multiple:
         raise UserError(
-            f"batch_size={batch_size} is not divisible by the {shards} mesh devices along the batch"
+            f"batch_size={batch_size} is not divisible by the {multiple} mesh devices along the batch"
+            + (" times the pipeline's microbatches a device" if layout.stages > 1 else "")
         )
-    rows = batch_size or -(-cfg.data.batch_size // shards) * shards
+    rows = batch_size or -(-cfg.data.batch_size // multiple) * multiple
     chosen = dataclasses.replace(cfg.data, eval=data, eval_tokens=0) if data else cfg.data
     with use(layout), _cache_beside(trained):
         batches = eval_batches(chosen, tokenizer, rows, cache_dir=trained.workdir.parent / "data_cache")
