@@ -290,6 +290,13 @@ def current() -> Layout | None:
     return None if _current is None or _current.mesh.size == 1 else _current
 
 
+def platform() -> str:
+    """'cpu', 'gpu' or 'tpu': of the mesh in use, whose devices need not be here, else of this machine."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    name = jax.default_backend() if device is None or device.platform is None else device.platform
+    return "gpu" if name in ("cuda", "rocm") else name
+
+
 def manual_axes() -> frozenset[str]:
     """Mesh axes that a surrounding `shard_map` has split by hand."""
     return frozenset(jax.sharding.get_abstract_mesh().manual_axes)
@@ -369,6 +376,11 @@ def on_own_part(
         check_vma=False,
     )(whole, x_BTD, *parts_BT)
     return jax.tree.map(over_devices, sums), columns
+
+
+def spec_axes(part: Any) -> tuple[str, ...]:
+    """Mesh axes in one entry of a `PartitionSpec`."""
+    return () if part is None else (part,) if isinstance(part, str) else tuple(part)
 
 
 def spec_axes(part: Any) -> tuple[str, ...]:
