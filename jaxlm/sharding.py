@@ -383,11 +383,6 @@ def spec_axes(part: Any) -> tuple[str, ...]:
     return () if part is None else (part,) if isinstance(part, str) else tuple(part)
 
 
-def spec_axes(part: Any) -> tuple[str, ...]:
-    """Mesh axes in one entry of a `PartitionSpec`."""
-    return () if part is None else (part,) if isinstance(part, str) else tuple(part)
-
-
 def leaf_axes(name: str, ndim: int, table: Mapping[str, tuple[str | None, ...]]) -> tuple[str | None, ...]:
     """Logical axes of a leaf by the last two components of its name; leading stacked dims are `layers`.
 

@@ -5,17 +5,33 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.sharding import current
 from jaxlm.weights import PRODUCT
 
 Block = Callable[[Any, Any, Any], tuple[Any, Any]]  # (one layer's params, carry, its slice of xs)
 
+BLOCK_INPUT = "block_input"  # the name by which a remat policy finds what a block is given
+
+
+def _to_host(*names: str) -> Callable[..., Any]:
+    """Keep the residuals of these names, in pinned host memory, and no others."""
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=list(names),
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+
+
 REMAT: dict[str, Callable[..., Any] | None] = {
     "none": None,  # keep every residual
     # keep weight products, in their own dtype; by name, as a policy does not see into their custom gradient
     "minimal": jax.checkpoint_policies.save_only_these_names(PRODUCT),
     "full": jax.checkpoint_policies.nothing_saveable,  # keep the block's input alone
+    "offload": _to_host(BLOCK_INPUT),  # keep the block's input, in the host's memory
+    "offload_minimal": _to_host(BLOCK_INPUT, PRODUCT),  # what `minimal` keeps, in the host's memory
 }
 
 
@@ -35,7 +51,7 @@ unstack.defvjp(
 
 def _keep_all_but_moved(prim: Any, *_: Any, **params: Any) -> bool:
     """Keep every residual but casts and changes of layout, else every layer would keep gathered weights."""
-    return prim.name not in ("sharding_constraint", "convert_element_type")
+    return prim.name not in ("sharding_constraint", "convert_element_type", "broadcast_in_dim", "squeeze")
 
 
 def rematerialised(block: Callable[..., Any], remat: str, *, scan: bool) -> Callable[..., Any]:
@@ -45,7 +61,11 @@ def rematerialised(block: Callable[..., Any], remat: str, *, scan: bool) -> Call
         if current() is None:
             return block
         policy = _keep_all_but_moved
-    return jax.checkpoint(block, policy=policy, prevent_cse=not scan)
+
+    def named(params: Any, carry: Any, *rest: Any) -> Any:
+        return block(params, jax.tree.map(lambda x: checkpoint_name(x, BLOCK_INPUT), carry), *rest)
+
+    return jax.checkpoint(named, policy=policy, prevent_cse=not scan)
 
 
 def run_stack(

@@ -97,6 +97,12 @@ MESHES = {
     "fsdp2_expert2_ulysses2": (MeshConfig(data=1, fsdp=2, expert=2, sequence=2), "ulysses"),
     "slices2_data2_fsdp4": (MeshConfig(data=2, fsdp=4, slices=2), "gather"),
     "slices2_data4_tensor2": (MeshConfig(data=4, tensor=2, slices=2), "gather"),
+    "pipe2": (MeshConfig(data=1, pipe=2), "gather"),
+    "pipe2_fsdp4": (MeshConfig(data=1, pipe=2, fsdp=4), "gather"),
+    "pipe2_data2_tensor2": (MeshConfig(data=2, pipe=2, tensor=2, pipe_microbatches=4), "gather"),
+    "pipe2_fsdp2_expert2": (MeshConfig(data=1, pipe=2, fsdp=2, expert=2), "gather"),
+    "pipe2_gather2_tensor2": (MeshConfig(data=1, pipe=2, sequence=2, tensor=2), "gather"),
+    "slices2_pipe2_data4": (MeshConfig(data=4, pipe=2, slices=2, dcn="pipe"), "gather"),
     "fsdp2_ring4_stored_on_both": (
         MeshConfig(data=1, fsdp=2, sequence=4, rules=(("embed", "fsdp sequence"),)),
         "ring",
@@ -112,8 +118,10 @@ FAST = {
 def fits(cfg: tf.TransformerConfig, mesh: MeshConfig, context: str) -> bool:
     """Whether a model can run on a mesh; the refusals are tested in test_mesh."""
     routed = cfg.moe.num_experts > 0
-    return (mesh.expert == 1 or routed) and (
-        context != "ring" or not routed or cfg.moe.dispatch != "capacity"
+    return (
+        (mesh.expert == 1 or routed)
+        and (context != "ring" or not routed or cfg.moe.dispatch != "capacity")
+        and cfg.num_layers // cfg.period % mesh.pipe == 0
     )
 
 

@@ -42,7 +42,7 @@ class TransformerConfig:
     base_depth: int = 0  # completep: num_layers of that model
     base_head_dim: int = 0  # mup, completep: its head_dim; 0 = attention.head_dim (width adds heads)
     scan: bool = True  # lax.scan over the layers, or an unrolled loop
-    remat: str = "none"  # none | minimal | full: name in jaxlm.stack.REMAT
+    remat: str = "none"  # none | minimal | full | offload | offload_minimal, see jaxlm.stack.REMAT
     dtype: str = "float32"  # operands of products, and activations
     param_dtype: str = "float32"  # stored parameters
     accum_dtype: str = "float32"  # sums inside products

@@ -340,7 +340,7 @@ class MoE(nn.Module):
         weights = {name: _copies(w, layout.size(copies), where[name]) for name, w in weights.items()}
 
         def one(x, experts_BTK, kept_BTK, weights_BTK, weights):
-            weights = {name: w[0] for name, w in weights.items()}
+            weights = {name: jnp.squeeze(w, 0) for name, w in weights.items()}
             return self._on_device(group, width, room, x, experts_BTK, kept_BTK, weights_BTK, weights)
 
         part = P(rows, columns, None)
