@@ -146,6 +146,7 @@ def get_config(size: str = "full") -> ConfigDict:
     optim.muon_skip = "(^|/)(embed|head)/|(^|/)router_w$"  # Muon: matrices that take AdamW, as all vectors do
     optim.factor_min = 128  # Adafactor: matrices with fewer rows or columns keep a whole second moment
     optim.parameter_scale = False  # Adafactor: multiply each update by its parameter's RMS (at least 1e-3)
+    optim.low_precision = "master"  # bf16 parameters: master (float32 copies) | stochastic (random rounding)
     optim.router_bias_rate = 0.001  # step of loss-free expert balancing; has no schedule
 
     # What is added to the negative log-likelihood, and how much of it is computed at a time.
@@ -163,6 +164,9 @@ def get_config(size: str = "full") -> ConfigDict:
     mesh.expert = 1  # experts split; rows split too
     mesh.sequence = 1  # columns of the batch split (context parallelism)
     mesh.pipe = 1  # layers split into stages
+    # parts of a batch that follow each other through the stages; 0 = one a stage
+    mesh.pipe_microbatches = 0
+    mesh.pipe_repeats = 1  # blocks of layers a stage holds: 1 = GPipe, more = circular (smaller bubble)
     mesh.slices = 1  # groups of devices with fast links, joined by a data-centre network
     mesh.dcn = "data"  # the axis that crosses it: data | pipe; the others stay inside a slice
     mesh.rules = ()  # (logical axis, mesh axes) pairs that replace those of RULES

@@ -11,8 +11,8 @@ Two ways for choices to travel. `capacity`: an all-to-all of fixed buffers, C sl
     ragged  `jax.lax.ragged_all_to_all`: only the rows that there are; TPU and GPU. A device can receive
             `buffer` rows: by default all that its group could send, n N min(top_k, E / n) for n devices of
             N tokens
-    padded  `jax.lax.all_to_all` of a part of `buffer` / n rows for each pair of devices: anywhere, but padding
-            travels too
+    padded  `jax.lax.all_to_all` of a part of `buffer` / n rows for each pair of devices: anywhere, but the
+            padding travels too
 
 A `buffer_factor` bounds the buffer at that multiple of a device's fair share (N top_k rows). Choices beyond
 it are dropped, counted, and are others on another mesh; by default nothing is ever dropped.

@@ -1,9 +1,9 @@
 """Mixture of experts: a router picks `top_k` of E expert MLPs for each token; every row is routed by itself.
 
 Two dispatches. `capacity`: each expert takes at most C tokens of a row, in token order, and the rest get
-nothing from it. `dropless`: every token gets every expert it chose. How tokens get to experts on other devices
-is told in `jaxlm.model.dispatch`. Losses and statistics are sums over rows and tokens, so that splitting a
-batch leaves them unchanged.
+nothing from it. `dropless`: every token gets every expert it chose. How tokens get to the experts of other
+devices is told in `jaxlm.model.dispatch`. Losses and statistics are sums over rows and tokens, so that
+splitting a batch leaves them unchanged.
 """
 
 import dataclasses
