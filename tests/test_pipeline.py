@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm.errors import UserError
 from jaxlm.model import transformer as tf
 from jaxlm.model.attention import AttentionConfig
 from jaxlm.model.moe import MoEConfig
 from jaxlm.model.positions import PositionConfig
+from jaxlm.pipeline import bubble_fraction, run_layers
 from jaxlm.sharding import MeshConfig, make_layout, tree_shardings, use
 from jaxlm.tree import named_leaves
 
@@ -102,3 +104,80 @@ def assert_equal(name, mesh):
 )
 def test_a_pipeline_equals_a_scan_in_values_sums_and_every_gradient_leaf(name, mesh):
     assert_equal(name, mesh)
+
+
+def test_dropout_is_drawn_for_every_microbatch_and_layer():
+    """Four microbatches through two stages are four batches run one by one, each with its own key."""
+    cfg = dataclasses.replace(DENSE, dropout=0.5, position=PositionConfig(kind="none"))
+    layout = make_layout(MeshConfig(data=1, pipe=2, pipe_microbatches=4))
+    params = jax.jit(partial(tf.init, cfg))(jax.random.key(0))
+    tokens, segments, positions = batch()
+    key = jax.random.key(7)
+    apply = partial(tf.apply, cfg, segments_BT=segments, positions_BT=positions, key=key)
+    with use(layout):
+        got = jax.device_get(jax.jit(lambda p: apply(p, tokens)[0])(params))
+    stream = jax.random.split(key)[1]
+    masks = {}
+    for part in range(4):
+        home, slot = divmod(part, 2)  # stage s starts with rows 4 s to 4 s + 3, every other one together
+        masks[part] = np.arange(B).reshape(2, 2, 2)[home, :, slot], jax.random.fold_in(stream, part)
+    whole = jax.random.split(key)[0]
+    kept = jax.random.bernoulli(whole, 0.5, (B, T, D))
+    embedded = jnp.where(kept, 2 * tf.embed(cfg, params, tokens, positions), 0)
+    blocks = tf._blocks(cfg)
+    for rows, part_key in masks.values():
+        x, ctx = embedded[rows], tf._context(cfg, positions[rows], segments[rows], None, None)
+        for i in range(cfg.num_layers):
+            layer = jax.tree.map(lambda a, i=i: a[i], params["blocks"]["0"])
+            layer_key = jax.random.fold_in(part_key, i)
+            x = blocks[0].apply({"params": layer}, x, ctx, None, layer_key)[0]
+        x = tf.Norm(cfg.norm, cfg.norm_eps).apply({"params": params["final_norm"]}, x)
+        real = np.asarray(segments[rows]) != 0
+        np.testing.assert_allclose(got[rows][real], np.asarray(x)[real], rtol=2e-5, atol=2e-5)
+
+
+def test_a_cache_is_read_and_written_under_a_pipeline_too():
+    layout = make_layout(MeshConfig(data=1, pipe=2))
+    params = jax.jit(partial(tf.init, DENSE))(jax.random.key(0))
+    tokens = batch()[0]
+    positions = jnp.broadcast_to(jnp.arange(T), (B, T))
+
+    def decode(params):
+        cache = tf.init_cache(DENSE, B, T)
+        first, cache, _ = tf.apply(DENSE, params, tokens[:, :9], positions_BT=positions[:, :9], cache=cache)
+        rest, _, _ = tf.apply(DENSE, params, tokens[:, 9:], positions_BT=positions[:, 9:], cache=cache)
+        return jnp.concatenate([first, rest], axis=1)
+
+    want = jax.jit(lambda p: tf.apply(DENSE, p, tokens)[0])(params)
+    with use(layout):
+        shardings = tree_shardings(layout, tf.abstract_params(DENSE), tf.AXES)
+        got = jax.jit(decode)(jax.device_put(params, shardings))
+    np.testing.assert_allclose(jax.device_get(got), want, rtol=2e-5, atol=2e-5)
+
+
+def test_what_cannot_be_split_is_refused_with_what_can():
+    with pytest.raises(UserError, match=r"pipe_microbatches=3 is not a multiple of mesh.pipe=2; .*: 4"):
+        make_layout(MeshConfig(data=1, pipe=2, pipe_microbatches=3))
+    with pytest.raises(UserError, match="pipe_repeats=0 must be at least 1"):
+        MeshConfig(pipe_repeats=0)
+
+    def run(layers, **mesh):
+        w_LD = jnp.ones((layers, 4))
+        make = lambda rows, shared, part: lambda w, x, _: (x * w, None)  # noqa: E731
+        with use(make_layout(MeshConfig(data=1, **mesh))):
+            return run_layers(make, w_LD, jnp.ones((8, 4)), None, ())
+
+    with pytest.raises(UserError, match=r"6 scanned layers .* possible: mesh.pipe_repeats=1 or 3"):
+        run(6, pipe=2, pipe_repeats=2)
+    with pytest.raises(UserError, match=r"3 scanned layers .* possible: mesh.pipe in \[3\]"):
+        run(3, pipe=2)
+    with pytest.raises(UserError, match=r"8 rows .* 6 micro.* x 2 mesh devices; .*microbatches=2 or 4, or a"):
+        run(4, pipe=2, pipe_microbatches=6, fsdp=2)
+
+
+def test_the_bubble_is_counted_in_ticks():
+    """Stage s works from tick s to tick s + R M - 1; the rest of the R M + S - 1 ticks it waits."""
+    for stages, parts, repeats in ((2, 2, 1), (4, 8, 1), (4, 4, 3)):
+        ticks = range(repeats * parts + stages - 1)
+        idle = [t for s in range(stages) for t in ticks if not 0 <= t - s < repeats * parts]
+        assert bubble_fraction(stages, parts, repeats) == pytest.approx(len(idle) / len(ticks) / stages)
