@@ -119,6 +119,10 @@ def test_the_stack_equals_a_loop(scan, remat):
         return x.sum() + sums[1]
 
     x = jnp.ones((2, 4))
+    traced = str(jax.make_jaxpr(jax.grad(stack))(w_LDD, x))
+    assert ("<host>" in traced) == remat.startswith(
+        "offload"
+    )  # a CPU traces and runs it; its host is its device
     (got, grads), (want, want_grads) = (
         jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(w_LDD, x) for f in (stack, loop)
     )
