@@ -67,7 +67,9 @@ def get_config(size: str = "full") -> ConfigDict:
     model.attention.qkv_bias = False  # biases on the query, key and value projections
     model.attention.out_bias = False  # bias on the output projection
     model.attention.scale = 0.0  # of the scores; 0 = head_dim ** -0.5
-    model.attention.backend = "blocked"  # name in jaxlm.model.attention.BACKENDS
+    model.attention.backend = "blocked"  # name in jaxlm.model.backends.BACKENDS
+    model.attention.tile_q = 0  # splash: queries of a tile, a multiple of 128; 0 = by rule
+    model.attention.tile_k = 0  # splash: keys of a tile, likewise
 
     model.position.kind = "rope"  # rope | alibi | learned | sinusoidal | t5 | none
     model.position.theta = 10000.0  # RoPE base: pair i turns theta ** (-2 i / R) radians per token

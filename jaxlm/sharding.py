@@ -161,6 +161,11 @@ def use(layout: Layout | None) -> Iterator[None]:
         _current = previous
 
 
+def current_layout() -> Layout | None:
+    """The layout in use, see `use`."""
+    return _current
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Ask for this layout of an activation; without a layout in use, or on one device, `x` as it is."""
     if _current is None or _current.mesh.size == 1:

@@ -6,12 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlm.weights import PRODUCT
+from jaxlm.weights import ATTENDED, PRODUCT
 
 REMAT: dict[str, Callable[..., Any] | None] = {
     "none": None,  # keep every residual
-    # keep weight products, in their own dtype; by name, as a policy does not see into their custom gradient
-    "minimal": jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    # keep weight products, in their own dtype, and what an attention kernel's backward pass reads; by name,
+    # as a policy does not see into their custom gradients
+    "minimal": jax.checkpoint_policies.save_only_these_names(PRODUCT, ATTENDED),
     "full": jax.checkpoint_policies.nothing_saveable,  # keep the block's input alone
 }
 

@@ -15,6 +15,8 @@ from jaxlm.sharding import constrain
 
 # The name by which a remat policy finds the results of `matmul`.
 PRODUCT = "matmul"
+# Likewise the result and the logsumexp of an attention kernel: with both it need not run again.
+ATTENDED = "attended"
 
 
 def _split(eqn: str) -> tuple[str, str, str]:

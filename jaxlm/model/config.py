@@ -5,7 +5,8 @@ import math
 
 from jaxlm.errors import UserError, check, check_choice
 from jaxlm.model import positions as pos
-from jaxlm.model.attention import AttentionConfig, check_backend
+from jaxlm.model.attention import AttentionConfig
+from jaxlm.model.backends import check_backend
 from jaxlm.model.layers import ACTIVATIONS
 from jaxlm.model.moe import MoEConfig
 from jaxlm.model.positions import PositionConfig
@@ -91,6 +92,7 @@ class TransformerConfig:
             softcap=self.attention.softcap > 0,
             sinks=self.attention.sinks,
             bias=self.position.kind in ("alibi", "t5"),
+            tiled=self.attention.tile_q > 0 or self.attention.tile_k > 0,
         )
 
     def _check_parametrization(self) -> None:
