@@ -54,6 +54,8 @@ def get_config(size: str = "full") -> ConfigDict:
     model.dtype = "float32"  # operands of products, and activations
     model.param_dtype = "float32"  # stored parameters
     model.accum_dtype = "float32"  # sums inside products
+    # none | int8 | int8_full | fp8: 8-bit products of dense layers, see jaxlm.quant
+    model.quant = "none"
 
     model.attention.num_heads = 4  # query heads N
     model.attention.num_kv_heads = 0  # key/value heads K, a divisor of num_heads (1 = MQA); 0 = num_heads

@@ -161,9 +161,9 @@ def use(layout: Layout | None) -> Iterator[None]:
         _current = previous
 
 
-def current_layout() -> Layout | None:
-    """The layout in use, see `use`."""
-    return _current
+def current() -> Layout | None:
+    """The layout in use; None without one, and on one device, where nothing is laid out."""
+    return None if _current is None or _current.mesh.size == 1 else _current
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

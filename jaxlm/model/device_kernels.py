@@ -3,20 +3,17 @@
 from collections.abc import Callable
 
 import jax
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxlm.errors import UserError, check
-from jaxlm.sharding import current_layout
+from jaxlm.sharding import current
 
 
 def platform() -> str:
     """'cpu', 'gpu' or 'tpu': of the mesh in use (which may be of devices that are not here), else of JAX."""
-    layout = current_layout()
-    if layout is not None and isinstance(layout.mesh, Mesh):
-        name = layout.mesh.devices.flat[0].platform
-    else:
-        name = jax.default_backend()
+    mesh = jax.sharding.get_mesh()
+    name = jax.default_backend() if mesh.empty else mesh.devices.flat[0].platform
     return "gpu" if name in ("cuda", "rocm") else name
 
 
@@ -41,7 +38,7 @@ def per_device(
             device that read parts of several groups.
     """
     args = (q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, sinks_N)
-    layout, ambient = current_layout(), jax.sharding.get_abstract_mesh()
+    layout, ambient = current(), jax.sharding.get_abstract_mesh()
     free = {
         a for a, kind in zip(ambient.axis_names, ambient.axis_types, strict=True) if kind != AxisType.Manual
     }

@@ -26,6 +26,7 @@ from jaxlm.model.config import TransformerConfig
 from jaxlm.model.layers import MLP, Norm, dropout, normal_init
 from jaxlm.model.moe import MoE
 from jaxlm.model.parametrization import attention_config, initial_std, out_scale, rules
+from jaxlm.quant import mark
 from jaxlm.sharding import constrain, use
 from jaxlm.stack import rematerialised, run_stack
 from jaxlm.tree import map_named
@@ -314,6 +315,7 @@ def apply(
     bias_table = params["position_bias"]["table"] if cfg.position.kind == "t5" else None
     ctx = _context(cfg, positions_BT, segments_BT, allowed_BTS, bias_table)
     ctx = dataclasses.replace(ctx, ordered=ordered)
+    params = mark(params, cfg.quant)
     embed_key, stack_key = (None, None) if key is None else jax.random.split(key)
     x_BTD = dropout(embed(cfg, params, tokens_BT, positions_BT), cfg.dropout, embed_key)
 
