@@ -12,8 +12,8 @@ from jaxlm.sharding import current
 
 def platform() -> str:
     """'cpu', 'gpu' or 'tpu': of the mesh in use (which may be of devices that are not here), else of JAX."""
-    mesh = jax.sharding.get_mesh()
-    name = jax.default_backend() if mesh.empty else mesh.devices.flat[0].platform
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    name = jax.default_backend() if device is None else device.platform
     return "gpu" if name in ("cuda", "rocm") else name
 
 

@@ -62,7 +62,14 @@ def executed_keys(length: int, *, causal: bool, window: int = 0, tile_q: int = 0
 
 
 def make_kernel(
-    mask: Any, num_heads: int, tile_q: int, tile_k: int, *, softcap: float = 0.0, interpret: bool = False
+    mask: Any,
+    num_heads: int,
+    tile_q: int,
+    tile_k: int,
+    *,
+    parts: int = 1,
+    softcap: float = 0.0,
+    interpret: bool = False,
 ) -> Any:
     """The kernel `(q_NTH, k_KSH, v_KSH, segments, sinks) -> out_NTH` of one row; scores are not scaled.
 
@@ -70,6 +77,7 @@ def make_kernel(
         mask: a lazy mask of `splash_attention_mask`, the same for every head.
         num_heads: N, a multiple of K.
         tile_q, tile_k: from `tile_size`.
+        parts: into which the queries are split; see `own_part`.
         softcap: scores become c tanh(scores / c); 0 = off.
         interpret: run it by plain JAX operations, on any platform: slow, for tests.
     """
@@ -80,11 +88,30 @@ def make_kernel(
         masks.MultiHeadMask([mask] * num_heads),
         block_sizes=kernels.BlockSizes(**tiles),
         head_shards=1,
-        q_seq_shards=1,
+        q_seq_shards=parts,
         attn_logits_soft_cap=softcap or None,
         residual_checkpoint_name=ATTENDED,
         interpret=interpret,
     )
+
+
+def own_part(kernel: Any, index: Array, parts: int) -> Any:
+    """The kernel of one of the parts of the queries, by its number, which may be traced."""
+
+    def take(x: Array | None, axis: int) -> Array | None:
+        if x is None:
+            return None
+        size = x.shape[axis] // parts
+        return jax.lax.dynamic_slice_in_dim(x, index * size, size, axis)
+
+    def one(info: Any) -> Any:
+        if info is None:
+            return None
+        tables = {name: take(getattr(info, name), 1) for name in ("data_next", "mask_next", "block_mask")}
+        return info._replace(**tables, q_sequence=take(info.q_sequence, 0))
+
+    infos = map(one, (kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info))
+    return type(kernel)(*infos, **kernel.kwargs)
 
 
 def _lazy_mask(T: int, S: int, causal: bool, window: int) -> Any:
@@ -113,7 +140,7 @@ def splash(
     """Splash attention on every device's own rows and heads; padding sees padding, which nobody reads.
 
     The mask is that of columns: with a window, positions must count up by one inside a segment. Rows are
-    padded to a multiple of 128 columns.
+    padded to a multiple of 128 columns, unless the queries are a part of them.
 
     Raises:
         UserError: tiles that do not fit the rows, sums that are not fp32, or operands that are not bf16 on a
@@ -128,6 +155,12 @@ def splash(
     )
     T, S = q_BTNH.shape[1], k_BSKH.shape[1]
     tiles = tile_size(T, tile_q, "tile_q"), tile_size(S, tile_k, "tile_k")
+    if mask.part is not None:
+        check(
+            T % LANES == 0 and T * mask.part[1] == S,
+            f"{T} columns a device, {S} in all: backend 'splash' takes parts of a row that are multiples of "
+            f"{LANES} columns",
+        )
     q_segments_BT, k_segments_BS = mask.q_segments_BT, mask.k_segments_BS
     if k_segments_BS is not None and q_segments_BT is None:  # every query sees all that is not padding
         q_segments_BT = jnp.ones(q_BTNH.shape[:2], jnp.int32)
@@ -137,8 +170,12 @@ def splash(
 
     def on_device(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, sinks_N):
         q, k, v = (_pad(x.astype(dtype), LANES).swapaxes(1, 2) for x in (q_BTNH * scale, k_BSKH, v_BSKH))
-        lazy = _lazy_mask(q.shape[2], k.shape[2], mask.causal, mask.window)
-        kernel = make_kernel(lazy, q.shape[1], *tiles, softcap=softcap, interpret=interpret)
+        axes, parts = mask.part or ((), 1)
+        lazy = _lazy_mask(q.shape[2] * parts, k.shape[2], mask.causal, mask.window)
+        options = dict(softcap=softcap, interpret=interpret)
+        kernel = make_kernel(lazy, q.shape[1], *tiles, parts=parts, **options)
+        if parts > 1:
+            kernel = own_part(kernel, jax.lax.axis_index(axes), parts)
         segments = None
         if k_segments_BS is not None:
             segments = _library()[0].SegmentIds(_pad(q_segments_BT, LANES), _pad(k_segments_BS, LANES))

@@ -131,6 +131,31 @@ def test_a_kernel_inside_a_manual_region_is_called_as_it_is():
             np.testing.assert_allclose(jax.jit(split)(x["q"], x["k"], x["v"]), want, atol=2e-5)
 
 
+@pytest.mark.parametrize("window", [0, pytest.param(200, marks=pytest.mark.slow)])
+def test_splash_of_a_part_of_the_columns_skips_what_that_part_cannot_see(window):
+    """Queries split over devices, keys gathered: every device has the tiles of its own rows of the mask."""
+    x, length = tensors(2, rows=2, length=512), 512
+    segments, positions = packed(length, 2)
+    layout = Layout(make_mesh(MeshConfig(data=2, sequence=4)))
+    columns = jax.P(None, "sequence")
+
+    def run(x, positions, segments):
+        whole = lambda a: jax.lax.all_gather(a, "sequence", axis=1, tiled=True)  # noqa: E731
+        sides = (positions, whole(positions), segments, whole(segments))
+        mask = Mask(*sides, window=window, ordered=True, part=(("sequence",), 4))
+        return attend(x["q"], whole(x["k"]), whole(x["v"]), mask, backend="splash_interpret")
+
+    def loss(x):
+        split = jax.shard_map(run, in_specs=(columns,) * 3, out_specs=columns, check_vma=False)
+        return jnp.sum(split(x, positions, segments) * x["weight"] * (segments != 0)[..., None, None])
+
+    mask = Mask(positions, positions, segments, segments, window=window, ordered=True)
+    want = loss_and_gradients(x, mask, "reference", {})
+    with use(layout):
+        value, grads = jax.jit(jax.value_and_grad(loss))(x)
+    assert_equal((value, grads), want)
+
+
 def kernels_in(jaxpr):
     """Names of the Pallas kernels in a jaxpr, nested ones included."""
     found = []
@@ -239,5 +264,8 @@ def test_what_cudnn_is_asked_for_means_our_mask(monkeypatch, causal, window, seg
 def test_the_platform_is_that_of_the_mesh_in_use():
     assert device_kernels.platform() == "cpu"
     with use(Layout(make_mesh(MeshConfig(data=2, tensor=4)))):
-        assert device_kernels.platform() == "cpu"
+        assert jax.jit(lambda: jnp.zeros(len(device_kernels.platform())))().shape == (3,)
+    tpu = jax.sharding.AbstractDevice(device_kind="TPU v5", num_cores=1, platform="tpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2,), ("data",), abstract_device=tpu)):
+        assert device_kernels.platform() == "tpu"
     assert {name for name, row in BACKENDS.items() if row.platform} == {"splash", "cudnn"}
