@@ -262,7 +262,7 @@ def main(argv: list[str] | None = None) -> int:
         found = subprocess.run([args.torch_python, "-c", "import torch"], capture_output=True, check=False)
         if found.returncode:
             print(
-                f"bench_gpu: {args.torch_python} has no PyTorch; give --torch_python=PATH, or '' to leave it out",
+                f"bench_gpu: {args.torch_python} has no PyTorch; give --torch_python=PATH, or '' for none",
                 file=sys.stderr,
             )
             return 2
