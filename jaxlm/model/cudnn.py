@@ -43,6 +43,7 @@ def cudnn(
         H % 8 == 0 and H <= MAX_HEAD_DIM,
         f"head_dim={H}: backend 'cudnn' takes multiples of 8 up to {MAX_HEAD_DIM}; use 'blocked'",
     )
+    check(mask.part is None, "backend 'cudnn' takes whole rows, not parts of their columns; use 'blocked'")
     check(T % 2 == 0 and S % 2 == 0, f"{T} queries, {S} keys: backend 'cudnn' takes even numbers of columns")
 
     def on_device(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, _):

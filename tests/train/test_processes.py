@@ -153,11 +153,8 @@ def test_four_processes_of_which_two_share_their_rows_equal_one(experiment, tmp_
     cfg.train.update(dict(num_steps=4, noise_scale_every=0, sample_prompts=()))
     cfg.data.eval = ""
     cfg.mesh.update(dict(fsdp=1, data=2))
-    changed = ("train.num_steps", "train.noise_scale_every", "train.sample_prompts", "data.eval")
-    values = {
-        name: cfg[name.split(".")[0]][name.split(".")[1]] for name in (*changed, "mesh.fsdp", "mesh.data")
-    }
-    flags = [f"--config.{name}={value}" for name, value in values.items()]
+    flags = ["--config.train.num_steps=4", "--config.train.noise_scale_every=0", "--config.data.eval="]
+    flags += ["--config.train.sample_prompts=()", "--config.mesh.fsdp=1", "--config.mesh.data=2"]
     four = Processes(experiment, tmp_path / "four", 4, 1, *flags)
     ended = four.end()
     assert [code for code, _ in ended] == [0] * 4, ended
