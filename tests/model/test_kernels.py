@@ -258,8 +258,8 @@ def test_what_cudnn_is_asked_for_means_our_mask(monkeypatch, causal, window, seg
         UserError, match=r"'cudnn' with model\.dtype='float32' is not one of 'bfloat16', 'float16'"
     ):
         attend(x["q"], x["k"], x["v"], mask, backend="cudnn")
+    part = dataclasses.replace(mask, part=(("sequence",), 2))
     with pytest.raises(UserError, match="backend 'cudnn' takes whole rows"):
-        part = dataclasses.replace(mask, part=(("sequence",), 2))
         attend(x["q"], x["k"], x["v"], part, backend="cudnn", dtype="float16")
     with pytest.raises(UserError, match="head_dim=15: backend 'cudnn' takes multiples of 8 up to 256"):
         attend(*(x[name][..., :15] for name in "qkv"), mask, backend="cudnn", dtype="bfloat16")
