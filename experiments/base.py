@@ -50,7 +50,7 @@ def get_config(size: str = "full") -> ConfigDict:
     # mup, completep: its head_dim; 0 = attention.head_dim (width adds heads)
     model.base_head_dim = 0
     model.scan = True  # lax.scan over the layers, or an unrolled loop
-    model.remat = "none"  # none | minimal | full: name in jaxlm.stack.REMAT
+    model.remat = "none"  # none | minimal | full | offload | offload_minimal, see jaxlm.stack.REMAT
     model.dtype = "float32"  # operands of products, and activations
     model.param_dtype = "float32"  # stored parameters
     model.accum_dtype = "float32"  # sums inside products
@@ -72,6 +72,7 @@ def get_config(size: str = "full") -> ConfigDict:
     model.attention.backend = "blocked"  # name in jaxlm.model.backends.BACKENDS
     model.attention.tile_q = 0  # splash: queries of a tile, a multiple of 128; 0 = by rule
     model.attention.tile_k = 0  # splash: keys of a tile, likewise
+    model.attention.context = "gather"  # over columns that mesh.sequence splits: gather | ring | ulysses
 
     model.position.kind = "rope"  # rope | alibi | learned | sinusoidal | t5 | none
     model.position.theta = 10000.0  # RoPE base: pair i turns theta ** (-2 i / R) radians per token
@@ -102,6 +103,8 @@ def get_config(size: str = "full") -> ConfigDict:
     model.moe.dispatch = "dropless"  # dropless | capacity
     model.moe.capacity_factor = 1.25  # C = ceil(this * T * top_k / E) tokens per expert and row (capacity)
     model.moe.dropless_backend = "auto"  # auto | dense | loop | ragged, see `dropless_backend`
+    model.moe.exchange = "auto"  # dropless, between devices: auto | ragged | padded, see jaxlm.model.dispatch
+    model.moe.buffer_factor = 0.0  # dropless: choices a device can receive, over its fair share; 0 = all
     model.moe.load_balance = 0.01  # coefficient of the load-balance loss
     model.moe.router_z = 0.001  # coefficient of the router z-loss
     # loss-free balancing: a learned bias per expert that moves selection only
@@ -147,6 +150,7 @@ def get_config(size: str = "full") -> ConfigDict:
     optim.muon_skip = "(^|/)(embed|head)/|(^|/)router_w$"  # Muon: matrices that take AdamW, as all vectors do
     optim.factor_min = 128  # Adafactor: matrices with fewer rows or columns keep a whole second moment
     optim.parameter_scale = False  # Adafactor: multiply each update by its parameter's RMS (at least 1e-3)
+    optim.low_precision = "master"  # bf16 parameters: master (float32 copies) | stochastic (random rounding)
     optim.router_bias_rate = 0.001  # step of loss-free expert balancing; has no schedule
 
     # What is added to the negative log-likelihood, and how much of it is computed at a time.
@@ -162,7 +166,17 @@ def get_config(size: str = "full") -> ConfigDict:
     mesh.fsdp = 1  # parameters, gradients and optimizer state split along `embed`; rows split too
     mesh.tensor = 1  # heads, mlp and vocabulary split (Megatron layout)
     mesh.expert = 1  # experts split; rows split too
+    mesh.sequence = 1  # columns of the batch split (context parallelism)
+    mesh.pipe = 1  # layers split into stages
+    # parts of a batch that follow each other through the stages; 0 = one a stage
+    mesh.pipe_microbatches = 0
+    mesh.pipe_repeats = 1  # blocks of layers a stage holds: 1 = GPipe, more = circular (smaller bubble)
+    mesh.slices = 1  # groups of devices with fast links, joined by a data-centre network
+    mesh.dcn = "data"  # the axis that crosses it: data | pipe; the others stay inside a slice
     mesh.rules = ()  # (logical axis, mesh axes) pairs that replace those of RULES
+    mesh.compute_rules = ()  # likewise of COMPUTE: weights where they are used
+    mesh.reduce_dtype = "float32"  # in which weight gradients are summed over devices: float32 | bfloat16
+    mesh.compiler_options = ()  # (name, value) for the compiler of the train step
 
     # What the loop does and how often; steps count updates of the parameters.
     train = config.train

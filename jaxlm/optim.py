@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from jaxlm.errors import UserError, check, check_choice
-from jaxlm.master_weights import keep_master
+from jaxlm.master_weights import keep_master, round_at_random
 from jaxlm.transforms import (
     VECTORS,
     GuardState,
@@ -40,6 +40,7 @@ OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "sgd")
 SCHEDULES = ("constant", "cosine", "linear", "wsd", "inverse_sqrt")
 WARMUP_UNITS = ("steps", "tokens", "fraction")
 COOLDOWNS = ("1-sqrt", "linear")
+LOW_PRECISION = {"master": keep_master, "stochastic": round_at_random}
 NUMBERS = ("weight_decay", "b2")  # of OptimConfig, that may be traced
 
 Schedule = Callable[[Any], Float[Array, ""]]
@@ -71,6 +72,7 @@ class OptimConfig:
     muon_skip: str = r"(^|/)(embed|head)/|(^|/)router_w$"  # Muon: matrices that take AdamW, as all vectors do
     factor_min: int = 128  # Adafactor: matrices with fewer rows or columns keep a whole second moment
     parameter_scale: bool = False  # Adafactor: multiply each update by its parameter's RMS (at least 1e-3)
+    low_precision: str = "master"  # bf16 parameters: master (float32 copies) | stochastic (random rounding)
     router_bias_rate: float = 1e-3  # step of loss-free expert balancing; has no schedule
 
     def __post_init__(self) -> None:
@@ -78,6 +80,7 @@ class OptimConfig:
         check_choice(self.schedule, SCHEDULES, "optim.schedule")
         check_choice(self.warmup_unit, WARMUP_UNITS, "optim.warmup_unit")
         check_choice(self.cooldown_shape, COOLDOWNS, "optim.cooldown_shape")
+        check_choice(self.low_precision, LOW_PRECISION, "optim.low_precision")
         for name in (field.name for field in fields(self) if field.type in (int, float)):
             value, below = getattr(self, name), 1 if name in ("b1", "b2", "momentum", "ema") else math.inf
             check(0 <= value < below, f"optim.{name}={value} must lie in [0, {below:g})")
@@ -317,7 +320,7 @@ def make_optimizer(
     chain = split(is_router_bias, balance, weights)
     if cfg.ema:
         chain = optax.chain(chain, average_params(cfg.ema))
-    return guard(keep_master(chain), cfg.clip_norm)
+    return guard(LOW_PRECISION[cfg.low_precision](chain), cfg.clip_norm)
 
 
 def grad_norm(opt_state: GuardState) -> Float[Array, ""]:

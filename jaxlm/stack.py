@@ -5,8 +5,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+from jaxlm.sharding import current
 from jaxlm.weights import ATTENDED, PRODUCT
+
+Block = Callable[[Any, Any, Any], tuple[Any, Any]]  # (one layer's params, carry, its slice of xs)
+
+BLOCK_INPUT = "block_input"  # the name by which a remat policy finds what a block is given
+
+
+def _to_host(*names: str) -> Callable[..., Any]:
+    """Keep the residuals of these names, in pinned host memory, and no others."""
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=list(names),
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+
 
 REMAT: dict[str, Callable[..., Any] | None] = {
     "none": None,  # keep every residual
@@ -14,6 +31,8 @@ REMAT: dict[str, Callable[..., Any] | None] = {
     # as a policy does not see into their custom gradients
     "minimal": jax.checkpoint_policies.save_only_these_names(PRODUCT, ATTENDED),
     "full": jax.checkpoint_policies.nothing_saveable,  # keep the block's input alone
+    "offload": _to_host(BLOCK_INPUT),  # keep the block's input, in the host's memory
+    "offload_minimal": _to_host(BLOCK_INPUT, PRODUCT, ATTENDED),  # what `minimal` keeps, in the host's memory
 }
 
 
@@ -31,16 +50,27 @@ unstack.defvjp(
 )
 
 
+def _keep_all_but_moved(prim: Any, *_: Any, **params: Any) -> bool:
+    """Keep every residual but casts and changes of layout, else every layer would keep gathered weights."""
+    return prim.name not in ("sharding_constraint", "convert_element_type", "broadcast_in_dim", "squeeze")
+
+
 def rematerialised(block: Callable[..., Any], remat: str, *, scan: bool) -> Callable[..., Any]:
     """`block` under the remat policy of that name; see `REMAT`."""
     policy = REMAT[remat]
     if policy is None:
-        return block
-    return jax.checkpoint(block, policy=policy, prevent_cse=not scan)
+        if current() is None:
+            return block
+        policy = _keep_all_but_moved
+
+    def named(params: Any, carry: Any, *rest: Any) -> Any:
+        return block(params, jax.tree.map(lambda x: checkpoint_name(x, BLOCK_INPUT), carry), *rest)
+
+    return jax.checkpoint(named, policy=policy, prevent_cse=not scan)
 
 
 def run_stack(
-    block: Callable[[Any, Any, Any], tuple[Any, Any]],
+    block: Block,
     params: Any,
     carry: Any,
     xs: Any = None,

@@ -206,6 +206,7 @@ def _config_flags(values: flags.FlagValues) -> None:
     )
     _integer(values, "devices", None, "number of devices to plan for; default those of this machine", 1)
     flags.DEFINE_boolean("json", False, "print the resolved config alone, as JSON", flag_values=values)
+    _string(values, "preset", "", "mesh, remat and backend for hardware such as 'TPU v5 x 64'")
 
 
 def _config(values: flags.FlagValues, positional: Sequence[str], config: Any) -> int:
@@ -213,15 +214,22 @@ def _config(values: flags.FlagValues, positional: Sequence[str], config: Any) ->
     from rich.table import Table
 
     from jaxlm.config import build, canonical_json, config_hash, flatten
+    from jaxlm.mesh_rules import preset
     from jaxlm.scaling.counting import tables
     from jaxlm.train.run import plan
 
     no_positional("config", positional)
+    devices = values.devices
+    if values.preset:
+        rule, devices = preset(values.preset)
+        config.update_from_flattened_dict(rule.overrides(devices))
+        for name, value in rule.overrides(devices).items():
+            print(f"--config.{name}={value!r}")
     cfg = build(config)
     if values.json:
         print(canonical_json(cfg, indent=2))
         return 0
-    result = plan(cfg, num_devices=values.devices)
+    result = plan(cfg, num_devices=devices)
     group = ""
     for name, value in flatten(cfg).items():
         if name.rpartition(".")[0] != group:
@@ -241,14 +249,17 @@ def _config(values: flags.FlagValues, positional: Sequence[str], config: Any) ->
     )
     if values.sharding:
         leaves = Table(title=f"parameters on {sizes}", title_justify="left")
-        for column in ("leaf", "shape", "dtype", "axes", "spec"):
+        for column in ("leaf", "shape", "dtype", "axes", "stored", "used"):
             leaves.add_column(column, no_wrap=column == "leaf")
         leaves.add_column("bytes per device", justify="right")
         for row in result.leaves:
             axes = " ".join(str(axis or "-") for axis in row.axes)
             shape = " x ".join(map(str, row.shape))
-            spec = ", ".join("-" if part is None else str(part) for part in row.spec) or "replicated"
-            leaves.add_row(row.name, shape, row.dtype, axes, spec, f"{row.bytes_per_device:,}")
+            stored, used = (
+                ", ".join("-" if part is None else str(part) for part in spec) or "replicated"
+                for spec in (row.spec, row.compute)
+            )
+            leaves.add_row(row.name, shape, row.dtype, axes, stored, used, f"{row.bytes_per_device:,}")
         console.print(leaves)
     return 0
 
@@ -349,7 +360,7 @@ VERBS: dict[str, Verb] = {
     ),
     "config": Verb(
         "Show a resolved config, its parameters, FLOPs and memory; without --config, the defaults.",
-        "[--config=FILE[:ARG]] [--sharding] [--devices=N]",
+        "[--config=FILE[:ARG]] [--sharding] [--devices=N | --preset='KIND x N']",
         "jaxlm config --config=experiments/llama_8b.py --sharding --devices=64",
         _config_flags,
         _config,

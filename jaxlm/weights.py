@@ -1,17 +1,22 @@
 """The one door through which a parameter meets an activation.
 
 Every contraction of a weight goes through `matmul`, so that dtypes, layout and, later, leaf types with a
-product of their own (LoRA, int8) are settled in one place.
+product of their own (LoRA, int8) are settled in one place. `lay_out` brings weights from the layout in which
+they are stored to the one in which they are used.
 """
 
+from collections.abc import Collection, Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jaxlm.sharding import constrain
+from jaxlm.sharding import Layout, constrain, current, leaf_axes, manual_axes, spec_axes
+from jaxlm.tree import map_named
 
 # The name by which a remat policy finds the results of `matmul`.
 PRODUCT = "matmul"
@@ -34,32 +39,50 @@ def einsum(eqn: str, a: Array, b: Array, dtype: str, accum: str) -> Array:
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4, 5))
-def product(eqn: str, x: Array, w: Array, dtype: str, accum: str, result: str) -> Array:
+Wire = tuple[bool, str]  # do activations travel in their own dtype; the dtype in which weight gradients do
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4, 5, 6))
+def product(
+    eqn: str, x: Array, w: Array, dtype: str, accum: str, result: str, wire: Wire | None = None
+) -> Array:
     """einsum with both operands cast to `dtype`, sums kept in `accum`, returned in `result`.
 
     Its gradients are products of the same kind. Parameters go through `matmul`; attention uses this directly.
+    With a `wire`, a sum over devices is made in the dtype in which it arrives, not in `accum`: a device sums
+    its own terms as ever, and the compiler puts the sum over devices right behind the product.
     """
-    return einsum(eqn, x, w, dtype, accum).astype(result)
+    return einsum(eqn, x, w, dtype, result if wire and wire[0] else accum).astype(result)
 
 
-def _product_fwd(eqn: str, x: Array, w: Array, dtype: str, accum: str, result: str):
+def _product_fwd(eqn: str, x: Array, w: Array, dtype: str, accum: str, result: str, wire: Wire | None):
     # The cast weight is not kept: casting again costs less than holding a second copy of every weight.
-    return product(eqn, x, w, dtype, accum, result), (x, w)
+    return product(eqn, x, w, dtype, accum, result, wire), (x, w)
 
 
-def _product_bwd(eqn: str, dtype: str, accum: str, result: str, saved: tuple[Array, Array], g: Array):
+def _product_bwd(
+    eqn: str, dtype: str, accum: str, result: str, wire: Wire | None, saved: tuple[Array, Array], g: Array
+):
     # Autodiff would transpose the product into one whose result type is the operand's (bf16), which is both
-    # slower
-    # on a CPU (measured 0.6 of fp32 against 1.6) and rounds weight gradients before they are summed.
+    # slower on a CPU (measured 0.6 of fp32 against 1.6) and rounds weight gradients before they are summed.
     x, w = saved
     x_axes, w_axes, out_axes = _split(eqn)
-    dx = einsum(f"{out_axes},{w_axes}->{x_axes}", g, w, dtype, accum)
-    dw = einsum(f"{x_axes},{out_axes}->{w_axes}", x, g, dtype, accum)
+    own, gradients = wire or (False, accum)
+    dx = einsum(f"{out_axes},{w_axes}->{x_axes}", g, w, dtype, str(x.dtype) if own else accum)
+    dw = einsum(f"{x_axes},{out_axes}->{w_axes}", x, g, dtype, gradients)
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
 product.defvjp(_product_fwd, _product_bwd)
+
+
+def _wire(accum: str) -> Wire | None:
+    """How sums over devices travel: on one device there are none."""
+    layout = current()
+    if layout is None:
+        return None
+    narrow = jnp.finfo(layout.reduce_dtype).bits < jnp.finfo(accum).bits
+    return layout.mesh.shape["tensor"] > 1, layout.reduce_dtype if narrow else accum
 
 
 def matmul(
@@ -92,13 +115,126 @@ def matmul(
     'bfloat16'
     """
     dtypes = str(dtype), str(accum), str(result or dtype)
-    y = w.product(eqn, x, *dtypes) if hasattr(w, "product") else product(eqn, x, w, *dtypes)
+    if hasattr(w, "product"):
+        y = w.product(eqn, x, *dtypes)
+    else:
+        y = product(eqn, x, w, *dtypes, _wire(str(accum)))
     y = checkpoint_name(y, PRODUCT)
     return y if out is None else constrain(y, *out)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _move(w: Array, stored: PartitionSpec, used: PartitionSpec, dtype: str) -> Array:
+    own = w.dtype
+    w = jax.lax.with_sharding_constraint(w.astype(dtype), stored)
+    return jax.lax.with_sharding_constraint(w, used).astype(own)
+
+
+_move.defvjp(
+    lambda w, stored, used, dtype: (_move(w, stored, used, dtype), None),
+    lambda stored, used, dtype, _, g: (jax.lax.with_sharding_constraint(g, stored),),
+)
+
+
+def lay_out(
+    params: Any,
+    table: Mapping[str, tuple[str | None, ...]],
+    dtype: str,
+    *,
+    exact: Collection[str] = (),
+) -> Any:
+    """Weights as they are used: gathered over the mesh axes that split them in storage alone.
+
+    What travels is the weight in the compute dtype where that is narrower. What arrives is that value in the
+    weight's own dtype, so that its gradient is not rounded; products cast it back for nothing. Gradients go
+    back to the layout of storage: a sum over devices of which each keeps its part.
+
+    Args:
+        params: tree of weights in storage layout, such as one layer's.
+        table: the model's AXES table.
+        dtype: compute dtype.
+        exact: keys of the table whose leaves are used in their own dtype.
+
+    Returns:
+        The same tree; on one device, or where storage and use do not differ, the very same leaves.
+    """
+    layout = current()
+    if layout is None:
+        return params
+    manual = manual_axes()
+
+    def one(name: str, w: Array) -> Array:
+        axes = leaf_axes(name, w.ndim, table)
+        stored, used = layout.spec(axes), layout.spec(axes, compute=True)
+        if stored == used:
+            return w
+        if manual & {m for part in (*stored, *used) for m in spec_axes(part)}:
+            return w  # whoever split these axes by hand has gathered it
+        key = "/".join(name.split("/")[-2:])
+        narrower = key not in exact and jnp.finfo(dtype).bits < jnp.finfo(w.dtype).bits
+        return _move(w, stored, used, str(dtype) if narrower else str(w.dtype))
+
+    return map_named(one, params)
+
+
 def gather(
-    table_VD: Float[Array, "V D"], ids: Int[Array, "*S"], *, dtype: str = "float32"
+    table_VD: Float[Array, "V D"],
+    ids_BT: Int[Array, "*S"],
+    axes: tuple[str | None, ...] | None = None,
+    *,
+    dtype: str = "float32",
 ) -> Float[Array, "*S D"]:
-    """Rows of an embedding table, in the compute dtype."""
-    return jnp.take(table_VD, ids, axis=0, mode="clip").astype(dtype)
+    """Rows of an embedding table, in the compute dtype.
+
+    With the table's logical `axes`, on a mesh that splits it, ids and rows travel and the table does not: a
+    device looks up, for all who share its columns of D, the ids that fall into its part of the vocabulary.
+
+    Args:
+        table_VD: in storage layout.
+        ids_BT: out of range, the nearest row is taken.
+        axes: logical axes of the table; None = leave it to the compiler.
+        dtype: of the result.
+    """
+    layout = current()
+    if layout is not None and axes is not None and ids_BT.ndim == 2 and not manual_axes():
+        rows, columns = map(spec_axes, layout.fitting(ids_BT.shape, ("batch", "length")))
+        vocab, embed = (layout.mesh_axes(axis) for axis in axes)
+        if (vocab or embed) and set(embed) <= {*rows, *columns} and not {*rows, *columns} & {*vocab}:
+            return _gather_parts(layout, table_VD, ids_BT, vocab, embed, dtype)
+    return jnp.take(table_VD, ids_BT, axis=0, mode="clip").astype(dtype)
+
+
+def _gather_parts(
+    layout: Layout, table_VD: Array, ids_BT: Array, vocab: tuple[str, ...], embed: tuple[str, ...], dtype: str
+) -> Array:
+    """`gather` of a table split over mesh axes `vocab` and `embed`, the latter among those of the ids."""
+    rows_columns = layout.fitting(ids_BT.shape, ("batch", "length"))
+    out = layout.fitting((*ids_BT.shape, table_VD.shape[1]), ("batch", "residual", None))
+    where = {m: dim for dim, part in enumerate(rows_columns) for m in spec_axes(part)}
+    scattered = set(spec_axes(out[1])) - where.keys()
+
+    def own(table_vd: Array, ids_bt: Array) -> Array:
+        for m in embed:
+            ids_bt = jax.lax.all_gather(ids_bt, m, axis=where[m], tiled=True)
+        size = table_vd.shape[0]
+        ids_bt = jnp.clip(ids_bt, 0, table_VD.shape[0] - 1)
+        ids_bt = ids_bt - (jax.lax.axis_index(vocab) * size if vocab else 0)
+        mine = (ids_bt >= 0) & (ids_bt < size)
+        x = jnp.where(mine[..., None], jnp.take(table_vd, ids_bt, axis=0, mode="clip"), 0).astype(dtype)
+        waiting = list(embed)
+        while any(where[m] for m in waiting):  # columns come home before they are split once more
+            m = waiting.pop()
+            x = jax.lax.all_to_all(x, m, where[m], 2, tiled=True)
+        for m in vocab:  # one term of each sum is not zero, so that it is exact in any dtype
+            x = (
+                jax.lax.psum_scatter(x, m, scatter_dimension=1, tiled=True)
+                if m in scattered
+                else jax.lax.psum(x, m)
+            )
+        while waiting:
+            m = waiting.pop()
+            x = jax.lax.all_to_all(x, m, where[m], 2, tiled=True)
+        return x
+
+    split = PartitionSpec(vocab or None, embed or None)
+    return jax.shard_map(own, in_specs=(split, rows_columns), out_specs=out)(table_VD, ids_BT)

@@ -88,7 +88,8 @@ def test_every_field_can_be_set_through_the_config_dict():
         ({"model": {"position": {"kind": "ropee"}}}, "did you mean 'rope'?"),
         (
             {"model": {"remat": "ful"}},
-            "model.remat='ful' is not one of 'none', 'minimal', 'full'; did you mean 'full'?",
+            "model.remat='ful' is not one of 'none', 'minimal', 'full', 'offload', 'offload_minimal'; "
+            "did you mean 'full'?",
         ),
         (
             {"model": {"attention": {"num_heads": 4, "num_kv_heads": 3}}},

@@ -1,26 +1,30 @@
-"""Every mesh gives what one device gives: the initial values to the bit, the loss and every gradient leaf.
+"""What a mesh must not change, and what it must: initial values, training in microbatches, traffic, refusals.
 
-The tolerance is that of fp32 sums in another order: sums of at most some thousand terms, each rounded to
-6e-8, stay within 2e-5 of the largest value of a leaf.
+That every mesh trains as one device does is tested in test_conformance.
 """
 
 import dataclasses
+import math
+import re
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxlm.errors import UserError
+from jaxlm.mesh_rules import preset
 from jaxlm.model import transformer as tf
 from jaxlm.model.attention import AttentionConfig
 from jaxlm.model.moe import MoEConfig
 from jaxlm.objectives.lm import LossConfig, make_lm_objective
 from jaxlm.optim import OptimConfig, make_optimizer, make_schedule
-from jaxlm.sharding import Layout, MeshConfig, make_mesh, tree_shardings, use
-from jaxlm.train.state import create_state
+from jaxlm.sharding import MESH_AXES, Layout, MeshConfig, make_layout, make_mesh, tree_shardings, use
+from jaxlm.train.state import abstract_state, create_state
 from jaxlm.train.step import make_step
 from jaxlm.tree import named_leaves
+from jaxlm.weights import matmul
 
 B, T, V = 8, 16, 64
 
@@ -54,30 +58,7 @@ MODELS = {
             num_experts=4, top_k=2, expert_dim=32, shared_experts=1, bias_balancing=True, router="sigmoid"
         ),
     ),
-    "capacity": dataclasses.replace(
-        DENSE,
-        num_layers=2,
-        mlp_pattern=("moe",),
-        moe=MoEConfig(num_experts=4, top_k=2, expert_dim=32, dispatch="capacity", capacity_factor=1.0),
-    ),
 }
-MESHES = {
-    "data8": MeshConfig(data=8),
-    "fsdp8": MeshConfig(data=1, fsdp=8),
-    "tensor4": MeshConfig(data=1, tensor=4),
-    "expert4": MeshConfig(data=1, expert=4),
-    "data2_fsdp2_tensor2": MeshConfig(data=2, fsdp=2, tensor=2),
-    "fsdp2_tensor2_expert2": MeshConfig(data=1, fsdp=2, tensor=2, expert=2),
-    "fsdp4_tensor2": MeshConfig(data=1, fsdp=4, tensor=2),
-    "data2_expert4": MeshConfig(data=2, expert=4),
-}
-FAST = {("dense", "data2_fsdp2_tensor2"), ("capacity", "fsdp2_tensor2_expert2")}
-CASES = [
-    pytest.param(model, mesh, marks=() if (model, mesh) in FAST else pytest.mark.slow)
-    for model, cfg in MODELS.items()
-    for mesh in MESHES
-    if "expert" not in mesh or cfg.moe.num_experts
-]
 
 
 class Model:
@@ -114,46 +95,59 @@ def batch(seed=0):
     )
 
 
-def loss_and_gradients(cfg, mesh_cfg, devices):
-    """Initial parameters, and mean loss and gradients of one batch, on a mesh."""
-    layout = Layout(make_mesh(mesh_cfg, devices))
-    objective = make_lm_objective(Model(cfg), LossConfig(z_loss=1e-3, chunk=5), np.ones(V, np.float32))
+@pytest.mark.parametrize("name", ["tied_biased", "dropless"])
+def test_a_mesh_draws_the_same_initial_values_to_the_bit(name):
+    cfg = MODELS[name]
+    layout = make_layout(MeshConfig(data=1, fsdp=2, tensor=2, expert=2 if cfg.moe.num_experts else 1))
+    want = jax.device_get(jax.jit(partial(tf.init, cfg))(jax.random.key(0)))
     with use(layout):
         shardings = tree_shardings(layout, tf.abstract_params(cfg), tf.AXES)
-        params = jax.jit(partial(tf.init, cfg), out_shardings=shardings)(jax.random.key(0))
-        rows = jax.device_put(batch(), layout.sharding(("batch", "length")))
-
-        def mean(params):
-            total, weight, metrics = objective(params, rows, None)
-            return total / weight, metrics
-
-        (loss, metrics), grads = jax.jit(jax.value_and_grad(mean, has_aux=True))(params)
-    return jax.device_get((params, loss, metrics, grads)), params
+        got = jax.jit(partial(tf.init, cfg), out_shardings=shardings)(jax.random.key(0))
+    assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(got))
+    for (leaf, a), (_, b) in zip(named_leaves(jax.device_get(got)), named_leaves(want), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=leaf)
 
 
-_one_device = {}
+def collectives(hlo):
+    """(inside a loop, kind, dimensions of every array in the result) of each collective of a program."""
+    entry, found = False, []
+    for line in hlo.splitlines():
+        if line.endswith("{") and not line.startswith(" "):
+            entry = line.startswith("ENTRY")
+        kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+        match = re.search(rf"= (.*?) ({kinds})(?:-start)?\(", line)
+        if match:
+            shapes = [tuple(map(int, dims.split(","))) for dims in re.findall(r"\w+\[([\d,]+)\]", match[1])]
+            found.append((not entry, match[2], shapes))
+    return found
 
 
-def on_one_device(name):
-    if name not in _one_device:
-        _one_device[name] = loss_and_gradients(MODELS[name], MeshConfig(data=1), jax.devices()[:1])[0]
-    return _one_device[name]
-
-
-@pytest.mark.parametrize(("name", "mesh"), CASES)
-def test_a_mesh_equals_one_device_in_init_loss_and_every_gradient_leaf(name, mesh):
-    want_params, want, want_metrics, want_grads = on_one_device(name)
-    (params, loss, metrics, grads), placed = loss_and_gradients(MODELS[name], MESHES[mesh], jax.devices())
-    assert any(leaf.sharding.num_devices > 1 for leaf in jax.tree.leaves(placed))
-    if mesh != "data8":
-        assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(placed))
-    for (leaf, a), (_, b) in zip(named_leaves(params), named_leaves(want_params), strict=True):
-        np.testing.assert_array_equal(a, b, err_msg=f"init of {leaf}")
-    np.testing.assert_allclose(loss, want, rtol=2e-6)
-    for key in want_metrics:
-        np.testing.assert_allclose(metrics[key], want_metrics[key], rtol=1e-5, err_msg=key)
-    for (leaf, a), (_, b) in zip(named_leaves(grads), named_leaves(want_grads), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5 * np.abs(b).max() + 1e-9, err_msg=leaf)
+def test_weights_are_gathered_layer_by_layer_and_the_vocabulary_never():
+    """On fsdp x tensor, read from the compiled program; sizes are such that each tells what it belongs to."""
+    layers, D, F, V, fsdp, tensor = 6, 32, 96, 80, 4, 2
+    cfg = dataclasses.replace(
+        MODELS["tied_biased"], vocab_size=V, num_layers=layers, model_dim=D, mlp_dim=F, tie_embeddings=False
+    )
+    layout = make_layout(MeshConfig(data=1, fsdp=fsdp, tensor=tensor))
+    optimizer = make_optimizer(OptimConfig(), lambda count: 0.0)
+    state, _ = abstract_state(partial(tf.init, cfg), optimizer, layout=layout, table=tf.AXES)
+    where = layout.sharding(("batch", "length"))
+    rows = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for k, x in batch().items()}
+    with use(layout):
+        objective = make_lm_objective(Model(cfg), LossConfig(chunk=4), None)
+        step = make_step(objective, optimizer, shardings=jax.tree.map(lambda x: x.sharding, state))
+        found = collectives(step.lower(state, None, rows).compile().as_text())
+    gathered = [(loop, shape) for loop, kind, shapes in found if kind == "all-gather" for shape in shapes]
+    assert (True, (D, F // tensor)) in gathered
+    assert (False, (D, V // tensor)) in gathered
+    for loop, shape in gathered:
+        assert V not in shape, shape  # neither the table nor the logits
+        assert layers not in shape, shape  # no stack of layers
+        assert loop or F // tensor not in shape, shape
+    summed = [(loop, shape) for loop, kind, shapes in found if "reduce" in kind for shape in shapes]
+    head = [loop for loop, shape in summed if shape in ((D, V // tensor), (D // fsdp, V // tensor))]
+    assert head == [False]  # the head's gradient, once a step
+    assert not [shape for loop, shape in summed if V in shape]
 
 
 @pytest.mark.slow
@@ -203,3 +197,68 @@ def test_a_mesh_larger_than_the_machine_or_a_size_it_does_not_divide_is_refused(
     layout = Layout(make_mesh(MeshConfig(tensor=8)))
     with pytest.raises(UserError, match=r"attention/wk: kv_heads has size 4.*tensor=8"):
         tree_shardings(layout, tf.abstract_params(DENSE), tf.AXES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A device of one of several slices, as far as a mesh asks."""
+
+    id: int
+    slice_index: int
+    process_index: int
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+
+
+def test_slices_take_consecutive_parts_of_the_axis_that_crosses_them():
+    ids = np.vectorize(lambda device: device.id)
+    first = lambda mesh, **where: ids(mesh.devices)[tuple(where.get(a, slice(None)) for a in MESH_AXES)]  # noqa: E731
+    mesh = make_mesh(MeshConfig(data=4, tensor=2, slices=2))
+    assert sorted(first(mesh, data=slice(0, 2)).flat) == [0, 1, 2, 3]
+    mesh = make_mesh(MeshConfig(data=1, pipe=2, fsdp=4, slices=2, dcn="pipe"))
+    assert sorted(first(mesh, pipe=1).flat) == [4, 5, 6, 7]
+    with pytest.raises(UserError, match=r"mesh.slices=2 .* mesh.data=1 is not a multiple of 2"):
+        make_mesh(MeshConfig(data=1, fsdp=8, slices=2))
+    with pytest.raises(UserError, match=r"mesh.dcn='tensor' is not one of 'data', 'pipe'"):
+        MeshConfig(dcn="tensor")
+
+    chips = [Chip(id=i, slice_index=i % 2, process_index=i % 2) for i in range(8)]
+    grid = make_mesh(MeshConfig(data=2, fsdp=4, slices=2), chips).devices
+    assert {chip.slice_index for chip in grid[0, 0].flat} == {0}
+    with pytest.raises(UserError, match=r"mesh.slices=1, but the devices lie in 2 slices"):
+        make_mesh(MeshConfig(data=2, fsdp=4), chips)
+
+
+def test_the_preset_of_some_hardware_fits_it_and_unknown_hardware_is_refused():
+    for hardware in (
+        "cpu x 8",
+        "TPU v5 x 64",
+        "TPU v5 x 4096",
+        "TPU v6 lite x 512",
+        "NVIDIA H100 80GB HBM3 x 16",
+    ):
+        rule, count = preset(hardware)
+        fields = {name[5:]: x for name, x in rule.overrides(count).items() if name.startswith("mesh.")}
+        assert math.prod(MeshConfig(**fields).shape(count)) == count
+    assert preset("TPU v6 lite x 512")[0].overrides(512)["mesh.slices"] == 2
+    with pytest.raises(UserError, match="no mesh rule matches 'abacus x 3'"):
+        preset("abacus x 3")
+
+
+@pytest.mark.parametrize("reduce_dtype", ["float32", "bfloat16"])
+def test_sums_over_devices_are_made_in_the_dtype_asked_for(reduce_dtype):
+    """The compiler puts them right behind the product, in the dtype of its result."""
+    x, w = jnp.ones((2, 4, 8), jnp.bfloat16), jnp.ones((8, 16))
+
+    def results(mesh):
+        with use(make_layout(mesh, make_mesh(mesh, jax.devices()[: mesh.fsdp * mesh.tensor]))):
+            grad = jax.grad(lambda x, w: matmul("BTD,DF->BTF", x, w, dtype="bfloat16").sum(), argnums=(0, 1))
+            jaxpr = str(jax.make_jaxpr(grad)(x, w))
+        return re.findall(r"(\w+)\[([\d,]+)\] = dot_general", jaxpr)
+
+    short = {"float32": "f32", "bfloat16": "bf16"}[reduce_dtype]
+    mesh = MeshConfig(data=1, fsdp=2, tensor=2, reduce_dtype=reduce_dtype)
+    found = {shape: dtype for dtype, shape in results(mesh)}
+    assert found == {"8,16": short, "2,4,16": "bf16", "2,4,8": "bf16"}
+    found = results(MeshConfig(data=1, reduce_dtype=reduce_dtype))
+    assert {dtype for dtype, _ in found} == {"f32"}

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -11,9 +12,11 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxlm.errors import check, check_choice
 from jaxlm.model.backends import BACKENDS, attend
 from jaxlm.model.cache import LayerCache, write
+from jaxlm.model.context_parallel import CONTEXTS, attend_split
 from jaxlm.model.layers import Norm, normal_init
 from jaxlm.model.masks import Mask
 from jaxlm.model.positions import rotate
+from jaxlm.sharding import constrain, split_axes
 from jaxlm.weights import matmul
 
 KINDS = ("global", "local")
@@ -37,6 +40,7 @@ class AttentionConfig:
     backend: str = "blocked"  # name in jaxlm.model.backends.BACKENDS
     tile_q: int = 0  # splash: queries of a tile, a multiple of 128; 0 = by rule
     tile_k: int = 0  # splash: keys of a tile, likewise
+    context: str = "gather"  # over columns that mesh.sequence splits: gather | ring | ulysses
 
     def __post_init__(self) -> None:
         check(self.num_heads >= 1, f"model.attention.num_heads={self.num_heads} must be at least 1")
@@ -60,6 +64,7 @@ class AttentionConfig:
                 size >= 0 and size % 128 == 0,
                 f"model.attention.{name}={size} must be a multiple of 128, or 0 for the backend's own rule",
             )
+        check_choice(self.context, CONTEXTS, "model.attention.context")
 
     @property
     def kv_heads(self) -> int:
@@ -77,6 +82,7 @@ class Context:
     rotation: dict[str, tuple[Array, Array]] | None = None  # layer kind -> (cos, sin)
     bias: Callable[[Array, Array], Array] | None = None  # (q positions, k positions) -> bias_BNTS
     ordered: bool = True  # positions grow along every document, see `Mask`
+    zigzag: bool = False  # columns lie in the order of `context_parallel.zigzag`
     memory_BSD: Float[Array, "B S D"] | None = None
     memory_segments_BS: Int[Array, "B S"] | None = None
 
@@ -155,23 +161,18 @@ class Attention(nn.Module):
         backend = "reference" if self.is_initializing() else cfg.backend
         if cache is not None:
             backend = BACKENDS[backend].cached or backend
-        out_BTNH = attend(
-            q_BTNH,
-            k_BSKH,
-            v_BSKH,
-            mask,
-            backend=backend,
-            tiles=(cfg.tile_q, cfg.tile_k) if BACKENDS[backend].tiled else (0, 0),
-            scale=cfg.scale or H**-0.5,
-            bias_BNTS=bias,
-            softcap=cfg.softcap,
-            sinks_N=sinks_N,
-            **dtypes,
-        )
+        tiles = (cfg.tile_q, cfg.tile_k) if BACKENDS[backend].tiled else (0, 0)
+        options = dict(scale=cfg.scale or H**-0.5, bias_BNTS=bias, softcap=cfg.softcap, sinks_N=sinks_N)
+        one = partial(attend, backend=backend, tiles=tiles)
+        if cache is None and not self.cross and split_axes("length"):
+            one = partial(attend_split, one, context=cfg.context, zigzag=ctx.zigzag)
+        out_BTNH = one(q_BTNH, k_BSKH, v_BSKH, mask, **options, **dtypes)
+        out_BTNH = constrain(out_BTNH, "batch", "length", "heads", "head_dim")
         out_init = normal_init(self.init_std(N * H) * self.out_scale)
         wo_NHD = self.param("wo", out_init, (N, H, D), self.param_dtype)
         with jax.named_scope("out"):
-            y_BTD = matmul("BTNH,NHD->BTD", out_BTNH, wo_NHD, **dtypes)
+            out = ("batch", "residual", "activation")
+            y_BTD = matmul("BTNH,NHD->BTD", out_BTNH, wo_NHD, out=out, **dtypes)
             if cfg.out_bias:
                 y_BTD = y_BTD + self.param("bo", nn.initializers.zeros, (D,), self.param_dtype).astype(
                     self.dtype

@@ -15,9 +15,9 @@ from jaxlm.errors import UserError
 from jaxlm.model import splash as splash_kernel
 from jaxlm.model.cudnn import cudnn
 from jaxlm.model.dense_attention import blocked, query_blocks, reference, xla
-from jaxlm.model.device_kernels import platform
 from jaxlm.model.masks import Mask
 from jaxlm.model.splash import splash
+from jaxlm.sharding import platform
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ from jaxlm.errors import UserError, check, check_choice
 from jaxlm.model import positions as pos
 from jaxlm.model.attention import AttentionConfig
 from jaxlm.model.backends import check_backend
+from jaxlm.model.context_parallel import check_context
 from jaxlm.model.layers import ACTIVATIONS
 from jaxlm.model.moe import MoEConfig
 from jaxlm.model.positions import PositionConfig
@@ -43,7 +44,7 @@ class TransformerConfig:
     base_depth: int = 0  # completep: num_layers of that model
     base_head_dim: int = 0  # mup, completep: its head_dim; 0 = attention.head_dim (width adds heads)
     scan: bool = True  # lax.scan over the layers, or an unrolled loop
-    remat: str = "none"  # none | minimal | full: name in jaxlm.stack.REMAT
+    remat: str = "none"  # none | minimal | full | offload | offload_minimal, see jaxlm.stack.REMAT
     dtype: str = "float32"  # operands of products, and activations
     param_dtype: str = "float32"  # stored parameters
     accum_dtype: str = "float32"  # sums inside products
@@ -101,6 +102,13 @@ class TransformerConfig:
             sinks=self.attention.sinks,
             bias=self.position.kind in ("alibi", "t5"),
             tiled=self.attention.tile_q > 0 or self.attention.tile_k > 0,
+        )
+
+        check_context(self.attention.context, bias=self.position.kind in ("alibi", "t5"))
+        check(
+            self.attention.context != "ring" or not has_moe or self.moe.dispatch != "capacity",
+            "model.attention.context='ring' changes the order of columns, by which model.moe.dispatch="
+            "'capacity' drops tokens; use context 'gather' or 'ulysses', or dispatch 'dropless'",
         )
 
     def _check_parametrization(self) -> None:

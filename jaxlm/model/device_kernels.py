@@ -1,20 +1,13 @@
-"""Where attention kernels run: on which platform, and on each device's own rows and heads."""
+"""Attention kernels on each device's own rows and heads."""
 
 from collections.abc import Callable
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxlm.errors import UserError, check
-from jaxlm.sharding import current
-
-
-def platform() -> str:
-    """'cpu', 'gpu' or 'tpu': of the mesh in use (which may be of devices that are not here), else of JAX."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    name = jax.default_backend() if device is None else device.platform
-    return "gpu" if name in ("cuda", "rocm") else name
+from jaxlm.sharding import current, manual_axes
 
 
 def per_device(
@@ -39,18 +32,16 @@ def per_device(
     """
     args = (q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, sinks_N)
     layout, ambient = current(), jax.sharding.get_abstract_mesh()
-    free = {
-        a for a, kind in zip(ambient.axis_names, ambient.axis_types, strict=True) if kind != AxisType.Manual
-    }
+    free = set(ambient.axis_names) - manual_axes()
     if layout is None or all(ambient.shape[a] == 1 for a in free):
         return fn(*args)
 
     def split(axis: str) -> tuple[str, ...]:
         """Mesh axes of more than one device, still free, along which a logical axis is split."""
-        return tuple(m for m in layout.rules[axis] if m in free and ambient.shape[m] > 1)
+        return tuple(m for m in layout.mesh_axes(axis, compute=True) if m in free)
 
     def parts(axis: str) -> int:
-        return _size(ambient, split(axis))
+        return layout.size(split(axis))
 
     B, N, K = q_BTNH.shape[0], q_BTNH.shape[2], k_BSKH.shape[2]
     check(B % parts("batch") == 0, f"a batch of {B} rows does not divide over {parts('batch')} devices")
@@ -94,10 +85,3 @@ def per_device(
         axis_names=free,
         check_vma=False,  # a kernel does not say along which axes its result varies
     )(*args)
-
-
-def _size(mesh: jax.sharding.AbstractMesh, axes: tuple[str, ...]) -> int:
-    size = 1
-    for axis in axes:
-        size *= mesh.shape[axis]
-    return size

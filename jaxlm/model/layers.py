@@ -105,7 +105,8 @@ class MLP(nn.Module):
                 h_BTF = fn(h_BTF)
         w_down_FD = self.param("w_down", down_init, (self.mlp_dim, dim), self.param_dtype)
         with jax.named_scope("mlp_down"):
-            y_BTD = matmul("BTF,FD->BTD", h_BTF, w_down_FD, **dtypes)
+            out = ("batch", "residual", "activation")
+            y_BTD = matmul("BTF,FD->BTD", h_BTF, w_down_FD, out=out, **dtypes)
             if self.bias:
                 b_down_D = self.param("b_down", nn.initializers.zeros, (dim,), self.param_dtype)
                 y_BTD = y_BTD + b_down_D.astype(self.dtype)

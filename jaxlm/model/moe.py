@@ -1,8 +1,9 @@
 """Mixture of experts: a router picks `top_k` of E expert MLPs for each token; every row is routed by itself.
 
 Two dispatches. `capacity`: each expert takes at most C tokens of a row, in token order, and the rest get
-nothing from it; experts split over the mesh. `dropless`: every token gets every expert it chose.
-Losses and statistics are sums over rows and tokens, so that splitting a batch leaves them unchanged.
+nothing from it. `dropless`: every token gets every expert it chose. How tokens get to the experts of other
+devices is told in `jaxlm.model.dispatch`. Losses and statistics are sums over rows and tokens, so that
+splitting a batch leaves them unchanged.
 """
 
 import dataclasses
@@ -13,15 +14,18 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Float32, Int, Int32
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from jaxlm.errors import check, check_choice
+from jaxlm.model import dispatch
+from jaxlm.model.grouped import grouped_matmul
 from jaxlm.model.layers import ACTIVATIONS, normal_init
-from jaxlm.sharding import constrain
-from jaxlm.weights import PRODUCT, matmul
+from jaxlm.sharding import Layout, current, manual_axes, platform, spec_axes
+from jaxlm.weights import matmul
 
 BACKENDS = ("auto", "dense", "loop", "ragged")
+EXCHANGES = ("auto", "ragged", "padded")
 
 Aux = dict[str, Float32[Array, ""] | tuple[Float32[Array, ""], Float32[Array, ""]]]
 
@@ -40,6 +44,8 @@ class MoEConfig:
     dispatch: str = "dropless"  # dropless | capacity
     capacity_factor: float = 1.25  # C = ceil(this * T * top_k / E) tokens per expert and row (capacity)
     dropless_backend: str = "auto"  # auto | dense | loop | ragged, see `dropless_backend`
+    exchange: str = "auto"  # dropless, between devices: auto | ragged | padded, see jaxlm.model.dispatch
+    buffer_factor: float = 0.0  # dropless: choices a device can receive, over its fair share; 0 = all
     load_balance: float = 0.01  # coefficient of the load-balance loss
     router_z: float = 0.001  # coefficient of the router z-loss
     bias_balancing: bool = False  # loss-free balancing: a learned bias per expert that moves selection only
@@ -48,7 +54,16 @@ class MoEConfig:
         check_choice(self.router, ("softmax", "sigmoid"), "moe.router")
         check_choice(self.dispatch, ("dropless", "capacity"), "moe.dispatch")
         check_choice(self.dropless_backend, BACKENDS, "moe.dropless_backend")
-        for name in ("num_experts", "expert_dim", "shared_experts", "load_balance", "router_z"):
+        check_choice(self.exchange, EXCHANGES, "moe.exchange")
+        at_least_0 = (
+            "num_experts",
+            "expert_dim",
+            "shared_experts",
+            "load_balance",
+            "router_z",
+            "buffer_factor",
+        )
+        for name in at_least_0:
             check(getattr(self, name) >= 0, f"moe.{name}={getattr(self, name)!r} must be >= 0")
         for name in ("routed_scale", "capacity_factor"):
             check(getattr(self, name) > 0, f"moe.{name}={getattr(self, name)!r} must be > 0")
@@ -77,21 +92,25 @@ def capacity(cfg: MoEConfig, length: int) -> int:
 
 
 def dropless_backend(cfg: MoEConfig) -> str:
-    """The backend that dropless dispatch will use here and now, with `auto` resolved.
+    """The products that dropless dispatch will use here and now, with `auto` resolved.
 
     dense   every expert on every token, unchosen ones weighted 0: E / k times the FLOPs, but plain einsums
-            that split over any mesh
+            that need nothing sorted or sent
     loop    tokens sorted by expert, one product per block of an expert's rows: exact FLOPs up to padding; CPU
     ragged  tokens sorted by expert, `jax.lax.ragged_dot`: accelerators (on a CPU, XLA makes it dense)
 
-    `auto` is `dense` on a mesh of several devices (the sorted forms are right there too, but gather all
-    tokens), else `loop` on CPU and `ragged` elsewhere. All three give the same values up to rounding.
+    `auto` is `loop` on CPU and `ragged` elsewhere. All three give the same values up to rounding.
     """
     if cfg.dropless_backend != "auto":
         return cfg.dropless_backend
-    if jax.sharding.get_abstract_mesh().size > 1:
-        return "dense"
-    return "loop" if jax.default_backend() == "cpu" else "ragged"
+    return "loop" if platform() == "cpu" else "ragged"
+
+
+def exchange(cfg: MoEConfig) -> str:
+    """How dropless choices travel here and now: `auto` is `padded` on CPU, whose XLA has no ragged one."""
+    if cfg.exchange != "auto":
+        return cfg.exchange
+    return "padded" if platform() == "cpu" else "ragged"
 
 
 # --- Routing ---
@@ -197,152 +216,6 @@ def auxiliary(
     }
 
 
-# --- Moving rows ---
-
-
-def _rows(x_BND: Array, index_BM: Array) -> Array:
-    """x[b, index[b, m]], zero where the index is N."""
-    return jax.vmap(lambda x, i: x.at[i].get(mode="fill", fill_value=0))(x_BND, index_BM)
-
-
-@jax.custom_vjp
-def take_rows(
-    x_BND: Float[Array, "B N D"], index_BM: Int[Array, "B M"], inverse_BNJ: Int[Array, "B N J"]
-) -> Float[Array, "B M D"]:
-    """Rows of x by index; N means a row of zeros.
-
-    The caller gives the inverse too: row n of x went to `inverse_BNJ[b, n, :]` (M = nowhere). So the gradient
-    is a gather and a short sum, not a scatter-add, which is slow on TPU and has no fixed order on GPU.
-    """
-    return _rows(x_BND, index_BM)
-
-
-def _take_rows_bwd(inverse_BNJ: Array, g_BMD: Array):
-    batch, n, j = inverse_BNJ.shape
-    g = _rows(g_BMD, inverse_BNJ.reshape(batch, n * j)).reshape(batch, n, j, -1)
-    return g.sum(2, dtype=jnp.float32).astype(g_BMD.dtype) if j > 1 else g[:, :, 0], None, None
-
-
-take_rows.defvjp(lambda x, index, inverse: (_rows(x, index), inverse), _take_rows_bwd)
-
-
-# --- Grouped products ---
-
-
-def _block_rows(rows: int, groups: int) -> int:
-    """Rows per block of the loop: near the mean group, at least 8 and at most 128."""
-    return min(128, max(8, 1 << max(0, (rows // groups) - 1).bit_length()))
-
-
-def _loop_blocks(sizes_E: Array, block: int, body: Callable, init: Array) -> Array:
-    """Fold `body(carry, expert, first row, rows)` over the blocks of every group, in row order."""
-    blocks_E = -(-sizes_E // block)
-    last_E, end_E = jnp.cumsum(blocks_E), jnp.cumsum(sizes_E)
-
-    def step(i, carry):
-        e = jnp.searchsorted(last_E, i, side="right")
-        first = end_E[e] - sizes_E[e] + (i - (last_E[e] - blocks_E[e])) * block
-        return body(carry, e, first, end_E[e] - first)
-
-    return jax.lax.fori_loop(0, last_E[-1], step, init)
-
-
-def _block(x_MD: Array, first: Array, rows: Array, block: int) -> Array:
-    """`block` rows from `first` on, zero from `rows` on."""
-    x = jax.lax.dynamic_slice_in_dim(x_MD, first, block)
-    return jnp.where(jnp.arange(block)[:, None] < rows, x, 0)
-
-
-def _loop_product(x_MD: Array, w_EDF: Array, sizes_E: Array, accum: str) -> Array:
-    rows, block = x_MD.shape[0], _block_rows(x_MD.shape[0], w_EDF.shape[0])
-    x_MD = jnp.pad(x_MD, ((0, block), (0, 0)))
-
-    def body(y_MF, e, first, n):
-        # Rows after the group's end are written as zeros here and by their own group's block later.
-        y = jnp.dot(_block(x_MD, first, n, block), w_EDF[e], preferred_element_type=accum)
-        return jax.lax.dynamic_update_slice_in_dim(y_MF, y, first, 0)
-
-    y_MF = jnp.zeros((rows + block, w_EDF.shape[2]), accum)
-    return _loop_blocks(sizes_E, block, body, y_MF)[:rows]
-
-
-def _loop_weight_gradient(x_MD: Array, g_MF: Array, sizes_E: Array, accum: str) -> Array:
-    experts, block = sizes_E.shape[0], _block_rows(x_MD.shape[0], sizes_E.shape[0])
-    x_MD, g_MF = (jnp.pad(a, ((0, block), (0, 0))) for a in (x_MD, g_MF))
-
-    def body(dw_EDF, e, first, n):
-        x = _block(x_MD, first, n, block)
-        g = jax.lax.dynamic_slice_in_dim(g_MF, first, block)
-        return dw_EDF.at[e].add(jnp.einsum("MD,MF->DF", x, g, preferred_element_type=accum))
-
-    return _loop_blocks(sizes_E, block, body, jnp.zeros((experts, x_MD.shape[1], g_MF.shape[1]), accum))
-
-
-_SUM_OVER_GROUP = jax.lax.RaggedDotDimensionNumbers(
-    dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=(0,), rhs_group_dimensions=()
-)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
-def _grouped(
-    x_MD: Array, w_EDF: Array, sizes_E: Array, backend: str, dtype: str, accum: str, result: str
-) -> Array:
-    x_MD, w_EDF = x_MD.astype(dtype), w_EDF.astype(dtype)
-    if backend == "loop":
-        y_MF = _loop_product(x_MD, w_EDF, sizes_E, accum)
-    else:
-        y_MF = jax.lax.ragged_dot(x_MD, w_EDF, sizes_E, preferred_element_type=accum)
-    return y_MF.astype(result)
-
-
-def _grouped_fwd(x_MD, w_EDF, sizes_E, backend, dtype, accum, result):
-    return _grouped(x_MD, w_EDF, sizes_E, backend, dtype, accum, result), (x_MD, w_EDF, sizes_E)
-
-
-def _grouped_bwd(backend, dtype, accum, result, saved, g_MF):
-    # As in `weights.matmul`: both gradients are products of `dtype` operands summed in `accum`.
-    x_MD, w_EDF, sizes_E = saved
-    w_EFD = jnp.swapaxes(w_EDF, 1, 2)
-    dx_MD = _grouped(g_MF, w_EFD, sizes_E, backend, dtype, accum, str(x_MD.dtype))
-    x, g = x_MD.astype(dtype), g_MF.astype(dtype)
-    if backend == "loop":
-        dw_EDF = _loop_weight_gradient(x, g, sizes_E, accum)
-    else:
-        dw_EDF = jax.lax.ragged_dot_general(x, g, sizes_E, _SUM_OVER_GROUP, preferred_element_type=accum)
-    return dx_MD, dw_EDF.astype(w_EDF.dtype), None
-
-
-_grouped.defvjp(_grouped_fwd, _grouped_bwd)
-
-
-def grouped_matmul(
-    x_MD: Float[Array, "M D"],
-    w_EDF: Float[Array, "E D F"],
-    group_sizes_E: Int32[Array, " E"],
-    *,
-    backend: str,
-    dtype: str = "float32",
-    accum: str = "float32",
-    result: str | None = None,
-) -> Float[Array, "M F"]:
-    """Multiply each group of rows by its own matrix: the first group_sizes[0] rows by w[0], and so on.
-
-    Rows after the last group come out undefined; they take no gradient if the caller never reads them.
-
-    Args:
-        x_MD: rows sorted by group.
-        w_EDF: one matrix per group.
-        group_sizes_E: rows of each group; their sum is at most M.
-        backend: `loop` or `ragged`, see `dropless_backend`.
-        dtype: compute dtype.
-        accum: dtype of the sums.
-        result: dtype of the result; default `dtype`.
-    """
-    check_choice(backend, ("loop", "ragged"), "grouped_matmul: backend")
-    y_MF = _grouped(x_MD, w_EDF, group_sizes_E, backend, str(dtype), str(accum), str(result or dtype))
-    return checkpoint_name(y_MF, PRODUCT)
-
-
 # --- The layer ---
 
 
@@ -386,13 +259,10 @@ class MoE(nn.Module):
             logits_BTE = matmul("BTD,DE->BTE", x_BTD, router_DE, out=("batch", "length", None))
             routing = route(cfg, self.router_scale * logits_BTE, mask_BT, bias_E)
         experts = self._parameters("", (cfg.num_experts,), dim, width)
-        dropped = jnp.zeros((), jnp.float32)
-        if cfg.dispatch == "capacity":
-            y_BTD, dropped = self._capacity(x_BTD, mask_BT, routing, experts)
-        elif (backend := dropless_backend(cfg)) == "dense":
-            y_BTD = self._dense(x_BTD, routing, experts)
+        if cfg.dispatch == "dropless" and dropless_backend(cfg) == "dense":
+            y_BTD, dropped = self._dense(x_BTD, routing, experts), jnp.zeros((), jnp.float32)
         else:
-            y_BTD = self._sorted(x_BTD, mask_BT, routing, experts, backend)
+            y_BTD, dropped = self._dispatch(x_BTD, mask_BT, routing, experts)
         if cfg.shared_experts:
             shared = self._parameters("shared_", (), dim, cfg.shared_experts * width)
             with jax.named_scope("shared_experts"):
@@ -423,47 +293,115 @@ class MoE(nn.Module):
         with jax.named_scope("experts_down"):
             return down(h, weights["w_down"])
 
-    def _combine(self, y_BTKD: Array, weights_BTK: Array) -> Array:
-        # A product and a sum, not an einsum: a TPU would round fp32 einsum operands to bf16.
-        return (y_BTKD.astype(jnp.float32) * weights_BTK[..., None]).sum(2).astype(self.dtype)
-
-    def _capacity(
+    def _dispatch(
         self, x_BTD: Array, mask_BT: Array, routing: Routing, weights: dict[str, Array]
     ) -> tuple[Array, Array]:
-        """Each expert's first C tokens of every row, in token order, whichever choice of theirs it is.
-
-        Token order and not first choices first: a later token then never displaces an earlier one, so that
-        dropping is causal.
-        """
-        B, T, D = x_BTD.shape
-        E, K, C = self.cfg.num_experts, self.cfg.top_k, capacity(self.cfg, T)
-        with jax.named_scope("dispatch"):
+        """Tokens to experts and back, by hand on each device; and how many choices went without."""
+        cfg, layout = self.cfg, current()
+        kept_BTK, room = jnp.broadcast_to(mask_BT[..., None], routing.experts_BTK.shape), 0
+        if cfg.dispatch == "capacity":
+            # The first C choices of an expert in a row, in token order, whichever choice of theirs it is: a
+            # later token then never displaces an earlier one, so that dropping is causal.
+            room = capacity(cfg, x_BTD.shape[1])
             before_BTE = jnp.cumsum(routing.chosen_BTE, axis=1) - routing.chosen_BTE
             place_BTK = jnp.take_along_axis(before_BTE, routing.experts_BTK, axis=-1)
-            kept_BTK = (place_BTK < C) & mask_BT[..., None]
-            # Slot e C + place of each choice, and choice t K + k of each slot; E C and T K stand for none.
-            slot_BTK = jnp.where(kept_BTK, routing.experts_BTK * C + place_BTK, E * C)
-            none_BS = jnp.full((B, E * C), T * K, jnp.int32)
-            fill = jax.vmap(lambda choice, slot: choice.at[slot].set(jnp.arange(T * K), mode="drop"))
-            choice_BS = fill(none_BS, slot_BTK.reshape(B, T * K))
-            x_BSD = constrain(take_rows(x_BTD, choice_BS // K, slot_BTK), "batch", None, "activation")
-            # Rows are split over the expert axis too: here every device sends slots to their expert's owner.
-            x_EBCD = x_BSD.reshape(B, E, C, D).swapaxes(0, 1)
-            x_EBCD = constrain(x_EBCD, "experts", "expert_batch", None, "activation")
-            x_EMD = x_EBCD.reshape(E, B * C, D)  # one batch dimension: XLA:CPU has no bf16 product for two
-        hidden = ("experts", "expert_batch", "expert_mlp")
-        y_EMD = self._mlp(
-            weights,
-            lambda w_EDF: self._matmul("EMD,EDF->EMF", x_EMD, w_EDF, hidden),
-            lambda h_EMF, w_EFD: self._matmul("EMF,EFD->EMD", h_EMF, w_EFD),
+            kept_BTK = kept_BTK & (place_BTK < room)
+        tokens = (x_BTD, routing.experts_BTK, kept_BTK, routing.weights_BTK)
+        if layout is None:
+            y_BTD, lost_1 = self._on_device(dispatch.Group(), (), room, *tokens, weights)
+        else:
+            y_BTD, lost_1 = self._on_devices(layout, room, tokens, weights)
+        dropped = jnp.sum(mask_BT) * cfg.top_k - jnp.sum(kept_BTK) + jnp.sum(lost_1)
+        return y_BTD, dropped.astype(jnp.float32)
+
+    def _on_devices(
+        self, layout: Layout, room: int, tokens: tuple[Array, ...], weights: dict[str, Array]
+    ) -> tuple[Array, Array]:
+        """`_on_device` on every device of the mesh."""
+        manual = manual_axes()
+        rows, columns = layout.fitting(tokens[0].shape[:2], ("batch", "length"))
+        split = (*spec_axes(rows), *spec_axes(columns))
+        free = lambda axis: tuple(m for m in layout.mesh_axes(axis, compute=True) if m not in manual)  # noqa: E731
+        experts, width = free("experts"), free("expert_mlp")
+        check(
+            not set(experts) & set(split) or set(experts) <= set(split),
+            f"experts are split over {experts}, of which tokens are split over a part, {split}: "
+            "let mesh.rules split 'batch' over all of them, or over none",
         )
-        with jax.named_scope("combine"):
-            y_EBCD = constrain(y_EMD.reshape(E, B, C, D), "experts", "expert_batch", None, "activation")
-            y_BSD = constrain(y_EBCD.swapaxes(0, 1).reshape(B, E * C, D), "batch", None, "activation")
-            y_BXD = take_rows(y_BSD, slot_BTK.reshape(B, T * K), choice_BS[..., None])
-            y_BTD = self._combine(y_BXD.reshape(B, T, K, D), routing.weights_BTK)
-        dropped_BTK = mask_BT[..., None] & ~kept_BTK
-        return y_BTD, dropped_BTK.sum().astype(jnp.float32)
+        check(
+            not set(width) & set(split),
+            f"'expert_mlp' is split over {width}, over which tokens are too ({split}); change mesh.rules",
+        )
+        group = dispatch.Group(experts, layout.size(experts), own_tokens=set(experts) <= set(split))
+        copies = tuple(m for m in split if m not in experts)
+        over = lambda axes: axes or None  # noqa: E731
+        where = {name: P(over(copies), over(experts), None, over(width)) for name in weights}
+        where["w_down"] = P(over(copies), over(experts), over(width), None)
+        weights = {name: _copies(w, layout.size(copies), where[name]) for name, w in weights.items()}
+
+        def one(x, experts_BTK, kept_BTK, weights_BTK, weights):
+            weights = {name: jnp.squeeze(w, 0) for name, w in weights.items()}
+            return self._on_device(group, width, room, x, experts_BTK, kept_BTK, weights_BTK, weights)
+
+        part = P(rows, columns, None)
+        return jax.shard_map(
+            one,
+            in_specs=(part, part, part, part, where),
+            out_specs=(part, P(over(split))),
+            axis_names=set(layout.mesh.axis_names) - manual,
+            check_vma=False,
+        )(*tokens, weights)
+
+    def _on_device(
+        self,
+        group: dispatch.Group,
+        width: tuple[str, ...],
+        room: int,
+        x_BTD: Array,
+        experts_BTK: Array,
+        kept_BTK: Array,
+        weights_BTK: Array,
+        weights: dict[str, Array],
+    ) -> tuple[Array, Array]:
+        """What this device's tokens get, and how many choices found no room in a dropless buffer.
+
+        Args:
+            group: the devices that share out the experts.
+            width: mesh axes over which the experts' width is split.
+            room: places C of an expert and row; capacity dispatch.
+            x_BTD, experts_BTK, kept_BTK, weights_BTK: this device's tokens, and which choices are to go.
+            weights: of this device's experts.
+        """
+        cfg, where = self.cfg, dict(group=group, num_experts=self.cfg.num_experts)
+        lost = jnp.zeros((), jnp.int32)
+        if cfg.dispatch == "capacity":
+
+            def batched(x_EMD: Array) -> Array:
+                # One batch dimension: XLA:CPU has no bf16 product for two.
+                return self._mlp(
+                    weights,
+                    lambda w_EDF: self._matmul("EMD,EDF->EMF", x_EMD, w_EDF),
+                    lambda h_EMF, w_EFD: self._matmul("EMF,EFD->EMD", h_EMF, w_EFD),
+                )
+
+            slots = min(room, x_BTD.shape[1])
+            y_BTD = dispatch.by_capacity(
+                x_BTD, experts_BTK, kept_BTK, weights_BTK, batched, slots=slots, **where
+            )
+        else:
+
+            def grouped(x_MD: Array, sizes_E: Array) -> Array:
+                how = dict(backend=dropless_backend(cfg), dtype=self.dtype, accum=self.accum_dtype)
+                product = partial(grouped_matmul, group_sizes_E=sizes_E, **how)
+                return self._mlp(weights, lambda w_EDF: product(x_MD, w_EDF), product)
+
+            how = dict(exchange=exchange(cfg), buffer_factor=cfg.buffer_factor)
+            y_BTD, lost = dispatch.dropless(
+                x_BTD, experts_BTK, kept_BTK[..., 0], weights_BTK, grouped, **where, **how
+            )
+        y_BTD = y_BTD.astype(self.dtype)
+        partial_sums = width if group.own_tokens else (*width, *group.axes)
+        return jax.lax.psum(y_BTD, partial_sums) if partial_sums else y_BTD, lost[None]
 
     def _dense(self, x_BTD: Array, routing: Routing, weights: dict[str, Array]) -> Array:
         """Every expert on every token; the weighted sum over experts is part of the last product."""
@@ -476,25 +414,20 @@ class MoE(nn.Module):
             lambda h_BETF, w_EFD: self._matmul("BETF,EFD->BTD", h_BETF * share_BET[..., None], w_EFD),
         )
 
-    def _sorted(
-        self, x_BTD: Array, mask_BT: Array, routing: Routing, weights: dict[str, Array], backend: str
-    ) -> Array:
-        """All choices of all rows sorted by expert, padding last, then one grouped product per weight."""
-        B, T, D = x_BTD.shape
-        K = self.cfg.top_k
-        M = B * T * K
-        with jax.named_scope("dispatch"):
-            expert_M = jnp.where(mask_BT[..., None], routing.experts_BTK, self.cfg.num_experts).reshape(M)
-            order_M = jnp.argsort(expert_M)
-            place_M = jnp.zeros(M, jnp.int32).at[order_M].set(jnp.arange(M), unique_indices=True)
-            place_M = jnp.where(expert_M < self.cfg.num_experts, place_M, M)
-            sizes_E = routing.chosen_BTE.sum((0, 1))
-            order_M = jnp.where(jnp.arange(M) < sizes_E.sum(), order_M, M)
-            x_MD = take_rows(x_BTD.reshape(1, B * T, D), order_M[None] // K, place_M.reshape(1, B * T, K))[0]
-        product = partial(
-            grouped_matmul, group_sizes_E=sizes_E, backend=backend, dtype=self.dtype, accum=self.accum_dtype
-        )
-        y_MD = self._mlp(weights, lambda w_EDF: product(x_MD, w_EDF), product)
-        with jax.named_scope("combine"):
-            y_MD = take_rows(y_MD[None], place_M[None], order_M[None, :, None])[0]
-            return self._combine(y_MD.reshape(B, T, K, D), routing.weights_BTK)
+
+# Every device's gradient of the weights is its own until all are added up, in one sum that the compiler can
+# make a reduce-scatter; a `shard_map` would add them by an all-reduce.
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _copies(w: Array, n: int, where: P) -> Array:
+    """`w` as the one copy, of `n`, that each device along the first axes of `where` holds."""
+    return jax.lax.with_sharding_constraint(jnp.broadcast_to(w, (n, *w.shape)), where)
+
+
+def _sum_copies(n: int, where: P, _: None, g: Array) -> tuple[Array]:
+    layout = current()
+    narrow = jnp.finfo(layout.reduce_dtype).bits < jnp.finfo(g.dtype).bits
+    s = g.astype(layout.reduce_dtype) if narrow else g
+    return (jax.lax.reduce(s, jnp.zeros((), s.dtype), jax.lax.add, (0,)).astype(g.dtype),)
+
+
+_copies.defvjp(lambda w, n, where: (_copies(w, n, where), None), _sum_copies)

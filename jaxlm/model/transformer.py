@@ -23,14 +23,17 @@ from jaxlm.model import positions as pos
 from jaxlm.model.attention import Attention, Context
 from jaxlm.model.cache import LayerCache, empty
 from jaxlm.model.config import TransformerConfig
+from jaxlm.model.context_parallel import CONTEXTS, check_columns
+from jaxlm.model.context_parallel import zigzag as in_zigzag
 from jaxlm.model.layers import MLP, Norm, dropout, normal_init
 from jaxlm.model.moe import MoE
 from jaxlm.model.parametrization import attention_config, initial_std, out_scale, rules
+from jaxlm.pipeline import run_layers
 from jaxlm.quant import mark
-from jaxlm.sharding import constrain, use
+from jaxlm.sharding import constrain, current, split_axes, use
 from jaxlm.stack import rematerialised, run_stack
 from jaxlm.tree import map_named
-from jaxlm.weights import gather, matmul
+from jaxlm.weights import gather, lay_out, matmul
 
 Params = dict[str, Any]
 Aux = dict[str, Any]
@@ -80,6 +83,10 @@ for _leaf in ("wq", "wk", "wv", "wo", "bq", "bk", "bv", "bo", "sinks"):
     AXES[f"cross_attention/{_leaf}"] = AXES[f"attention/{_leaf}"]
 
 
+STREAM = ("batch", "residual", "activation")  # of the residual stream, between blocks
+EXACT = ("moe/router_w",)  # leaves that are used in their own dtype, not in the model's
+
+
 class Block(nn.Module):
     """One layer: self-attention, cross-attention if asked, an MLP dense or routed; each in a residual branch.
 
@@ -110,7 +117,9 @@ class Block(nn.Module):
             return Norm(cfg.norm, cfg.norm_eps, cfg.param_dtype, name=name)(x)
 
         def before(name: str, x: Array) -> Array:
-            return x if cfg.norm_position == "post" else norm(f"{name}_norm", x)
+            x = x if cfg.norm_position == "post" else norm(f"{name}_norm", x)
+            # Here the columns of the stream come together; what flows back is summed into parts again.
+            return constrain(x, *STREAM[:1], "length", *STREAM[2:], gradient=STREAM)
 
         def add(name: str, x: Array, branch: Array, key: Array | None) -> Array:
             if cfg.norm_position == "sandwich":
@@ -120,7 +129,7 @@ class Block(nn.Module):
             x = x + dropout(branch, cfg.dropout, key)
             if cfg.norm_position == "post":
                 x = norm(f"{name}_norm", x)
-            return constrain(x, "batch", "length", "activation")
+            return constrain(x, *STREAM)
 
         def attention(name: str, x: Array, cache: LayerCache | None, *, cross: bool):
             module = Attention(
@@ -148,7 +157,7 @@ class Block(nn.Module):
             return moe(x, real_BT)
 
         if cfg.parallel_block:
-            y_BTD = norm("attention_norm", x_BTD)
+            y_BTD = before("attention", x_BTD)
             attended, cache = attention("attention", y_BTD, cache, cross=False)
             fed, aux = feed_forward(y_BTD)
             return add("attention", x_BTD, attended + fed, keys[0]), cache, aux
@@ -263,15 +272,17 @@ def embed(
     cfg: TransformerConfig, params: Params, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"]
 ) -> Float[Array, "B T D"]:
     """Token embeddings, scaled if asked, plus absolute positions if the scheme has them."""
-    x_BTD = gather(params["embed"]["table"], tokens_BT, dtype=cfg.dtype)
+    x_BTD = gather(params["embed"]["table"], tokens_BT, AXES["embed/table"], dtype=cfg.dtype)
     if cfg.scale_embeddings:
         scale = cfg.model_dim**0.5 * rules(cfg)["embedding"].output
         x_BTD = x_BTD * jnp.asarray(scale, x_BTD.dtype)
     if cfg.position.kind == "learned":
-        x_BTD = x_BTD + gather(params["embed"]["positions"], positions_BT, dtype=cfg.dtype)
+        x_BTD = x_BTD + gather(
+            params["embed"]["positions"], positions_BT, AXES["embed/positions"], dtype=cfg.dtype
+        )
     elif cfg.position.kind == "sinusoidal":
         x_BTD = x_BTD + pos.sinusoidal(positions_BT, cfg.model_dim).astype(cfg.dtype)
-    return constrain(x_BTD, "batch", "length", "activation")
+    return constrain(x_BTD, *STREAM)
 
 
 def apply(
@@ -312,42 +323,72 @@ def apply(
         raise UserError(
             f"{T} columns, but model.position.max_length={cfg.position.max_length} learned positions"
         )
+    zigzag = CONTEXTS[cfg.attention.context].zigzag and ordered and cfg.causal and cache is None
+    if cache is None:
+        check_columns(T, current(), zigzag=zigzag)
+    if zigzag := zigzag and bool(split_axes("length")):
+        tokens_BT, positions_BT = in_zigzag(tokens_BT), in_zigzag(positions_BT)
+        segments_BT = None if segments_BT is None else in_zigzag(segments_BT)
     bias_table = params["position_bias"]["table"] if cfg.position.kind == "t5" else None
-    ctx = _context(cfg, positions_BT, segments_BT, allowed_BTS, bias_table)
-    ctx = dataclasses.replace(ctx, ordered=ordered)
-    params = mark(params, cfg.quant)
     embed_key, stack_key = (None, None) if key is None else jax.random.split(key)
+    rows = {"positions_BT": positions_BT, "segments_BT": segments_BT, "allowed_BTS": allowed_BTS}
+    shared = {"position_table": bias_table, "key": stack_key}
     x_BTD = dropout(embed(cfg, params, tokens_BT, positions_BT), cfg.dropout, embed_key)
 
     blocks, P = _blocks(cfg), cfg.period
     repeats = cfg.num_layers // P
 
-    def layer(block: Block, params_l: Params, x: Array, cache_l: LayerCache | None, index: Array):
-        layer_key = None if stack_key is None else jax.random.fold_in(stack_key, index)
-        return block.apply({"params": params_l}, x, ctx, cache_l, layer_key)
+    def layer_of(rows: Params, shared: Params, part: Array | None = None):
+        """What one layer does with these rows; `part` is their microbatch in a pipeline."""
+        ctx = _context(cfg, **rows, position_table=shared["position_table"])
+        ctx, key = dataclasses.replace(ctx, ordered=ordered and not zigzag, zigzag=zigzag), shared["key"]
+        if key is not None and part is not None:
+            key = jax.random.fold_in(key, part)
 
-    def unit(params_u: Params, x: Array, xs: tuple[Params, Array]):
-        caches, first = xs
-        new_caches, auxes = {}, []
-        for j, block in enumerate(blocks):
-            x, new_caches[str(j)], aux = layer(block, params_u[str(j)], x, caches.get(str(j)), first + j)
-            auxes.append(aux)
-        return x, (new_caches, _sum_aux(auxes))
+        def layer(block: Block, params_l: Params, x: Array, cache_l: LayerCache | None, index: Array):
+            layer_key = None if key is None else jax.random.fold_in(key, index)
+            return block.apply({"params": params_l}, x, ctx, cache_l, layer_key)
 
-    xs = ({} if cache is None else cache["blocks"], jnp.arange(0, repeats * P, P))
-    x_BTD, (new_blocks, aux) = run_stack(unit, params["blocks"], x_BTD, xs, scan=cfg.scan, remat=cfg.remat)
+        return layer
+
+    def unit_of(rows: Params, shared: Params, part: Array | None = None):
+        layer = layer_of(rows, shared, part)
+
+        def unit(params_u: Params, x: Array, xs: tuple[Params, Array]):
+            params_u = mark(lay_out(params_u, AXES, cfg.dtype, exact=EXACT), cfg.quant)
+            caches, first = xs
+            new_caches, auxes = {}, []
+            for j, block in enumerate(blocks):
+                x, new_caches[str(j)], aux = layer(block, params_u[str(j)], x, caches.get(str(j)), first + j)
+                auxes.append(aux)
+            return x, (new_caches, _sum_aux(auxes))
+
+        return unit
+
+    xs, how = ({}, jnp.arange(0, repeats * P, P)), dict(scan=cfg.scan, remat=cfg.remat)
+    if cache is None:
+        x_BTD, (new_blocks, aux) = run_layers(unit_of, params["blocks"], x_BTD, xs, rows, shared, **how)
+    else:  # under a pipeline too, where each device then reads every stage's layers: slow, and right
+        xs = (cache["blocks"], xs[1])
+        x_BTD, (new_blocks, aux) = run_stack(unit_of(rows, shared), params["blocks"], x_BTD, xs, **how)
     auxes = [jax.tree.map(lambda a: jnp.sum(a, axis=0), aux)]
     new_cache = None if cache is None else {"blocks": new_blocks}
+    layer = layer_of(rows, shared)
     for j, params_l in sorted(params.get("tail", {}).items(), key=lambda item: int(item[0])):
         cache_l = None if cache is None else cache["tail"][j]
         index = jnp.asarray(repeats * P + int(j))
-        one = rematerialised(partial(layer, blocks[int(j)]), cfg.remat, scan=False)
-        x_BTD, cache_l, aux = one(params_l, x_BTD, cache_l, index)
+
+        def last(params_l: Params, *rest: Any, block: Block = blocks[int(j)]):
+            return layer(block, mark(lay_out(params_l, AXES, cfg.dtype, exact=EXACT), cfg.quant), *rest)
+
+        x_BTD, cache_l, aux = rematerialised(last, cfg.remat, scan=False)(params_l, x_BTD, cache_l, index)
         auxes.append(aux)
         if cache is not None:
             new_cache.setdefault("tail", {})[j] = cache_l
     if "final_norm" in params:
         x_BTD = Norm(cfg.norm, cfg.norm_eps, cfg.param_dtype).apply({"params": params["final_norm"]}, x_BTD)
+    if zigzag:
+        x_BTD = in_zigzag(x_BTD, back=True)
     aux = _sum_aux(auxes)
     if "loss" in aux:
         aux["loss"] = aux["loss"] / cfg.num_moe_layers
@@ -396,11 +437,18 @@ def _sum_aux(auxes: list[Aux]) -> Aux:
     return jax.tree.map(lambda *a: sum(a[1:], a[0]), *routed) if routed else {}
 
 
+def head(cfg: TransformerConfig, params: Params) -> Params:
+    """The part of the parameters that `unembed` reads, laid out for use."""
+    part = {"embed": {"table": params["embed"]["table"]}} if cfg.tie_embeddings else {"head": params["head"]}
+    return lay_out(part, AXES, cfg.dtype)
+
+
 def unembed(
     cfg: TransformerConfig, params: Params, hidden_BTD: Float[Array, "B T D"]
 ) -> Float[Array, "B T V"]:
     """Logits, in fp32. Reads only `embed/table` or `head/w`."""
     dtypes = dict(dtype=cfg.dtype, accum=cfg.accum_dtype, result="float32", out=("batch", "length", "vocab"))
+    params = head(cfg, params)
     with jax.named_scope("unembed"):
         if cfg.tie_embeddings:
             logits_BTV = matmul("BTD,VD->BTV", hidden_BTD, params["embed"]["table"], **dtypes)

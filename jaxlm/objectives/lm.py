@@ -2,7 +2,7 @@
 
 A batch has B rows and T columns. The logits of all of it, B*T*V in fp32, would be the largest array of a
 training step by far, so they never exist: the loss walks over blocks of `LossConfig.chunk` columns, all rows
-at once (a batch split over devices by rows stays split), and forms a block's gradient beside its logits.
+at once (a batch split over devices stays split), and forms a block's gradient beside its logits.
 """
 
 import math
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxlm.errors import check
+from jaxlm.sharding import constrain, on_own_part, split_axes
 
 Params = Any
 Batch = dict[str, Array]
@@ -67,7 +68,11 @@ def _block(
     logits_BTV = logits_BTV.astype(jnp.promote_types(logits_BTV.dtype, jnp.float32))
     max_BT = jax.lax.stop_gradient(logits_BTV.max(-1))
     lse_BT = max_BT + jnp.log(jnp.sum(jnp.exp(logits_BTV - max_BT[..., None]), -1))
-    target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], -1)[..., 0]
+    if split_axes("vocab"):  # each device picks from its part of the vocabulary; indices would gather it
+        picked_BTV = jnp.where(_onehot(targets_BT, logits_BTV), logits_BTV, 0.0)
+        target_BT = picked_BTV.sum(-1)
+    else:
+        target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], -1)[..., 0]
     nll_BT, z_BT = lse_BT - target_BT, jnp.square(lse_BT)
     loss_BT = nll_BT
     if cfg.label_smoothing:
@@ -80,12 +85,16 @@ def _block(
     return jnp.sum(weights_BT * loss_BT), lse_BT, losses
 
 
+def _onehot(targets_BT: Array, logits_BTV: Array) -> Array:
+    return jax.lax.broadcasted_iota(targets_BT.dtype, logits_BTV.shape, 2) == targets_BT[..., None]
+
+
 def _logits_gradient(
     cfg: LossConfig, logits_BTV: Array, lse_BT: Array, targets_BT: Array, weights_BT: Array
 ) -> Float[Array, "B T V"]:
     """d loss_sum / d logits = w ((1 + 2 z_loss lse) softmax - (1 - e) onehot - e / V), e = smoothing."""
     softmax_BTV = jnp.exp(logits_BTV - lse_BT[..., None])
-    onehot_BTV = jax.lax.broadcasted_iota(targets_BT.dtype, logits_BTV.shape, 2) == targets_BT[..., None]
+    onehot_BTV = _onehot(targets_BT, logits_BTV)
     e = cfg.label_smoothing
     g_BTV = (1 + 2 * cfg.z_loss * lse_BT)[..., None] * softmax_BTV - jnp.where(onehot_BTV, 1 - e, 0.0)
     if e:
@@ -132,8 +141,9 @@ def cross_entropy(
     order) through all logits at once. Otherwise the gradient of a block with respect to its hidden states and
     the parameters of `unembed` is computed right after its logits, in the forward pass, and the backward pass
     only multiplies by the cotangent: unlike under `jax.checkpoint`, no product is computed twice. Without
-    differentiation only the forward half runs. Parameter gradients are summed over blocks in fp32. Weights
-    carry no gradient.
+    differentiation only the forward half runs. Parameter gradients are summed over blocks in fp32, on every
+    device for its own part of the batch, and over devices once, after the last block. Weights carry no
+    gradient.
 
     Args:
         cfg: see `LossConfig`.
@@ -147,49 +157,65 @@ def cross_entropy(
         The sum, and the per-token values.
     """
     weights_BT = jax.lax.stop_gradient(weights_BT)
-    length = hidden_BTD.shape[1]
-    if not cfg.chunk or not length:
+    if not cfg.chunk or not hidden_BTD.shape[1]:
         loss, _, losses = _block(cfg, unembed(params, hidden_BTD), targets_BT, weights_BT)
         return loss, losses
-    # As few blocks as `chunk` allows, of even size: 100 columns by 64 are 50 + 50.
-    columns = -(-length // -(-length // cfg.chunk))
     leaves, structure = jax.tree.flatten(params)
-    is_read = _read_leaves(unembed, params, hidden_BTD[:, :columns])
+    is_read = _read_leaves(unembed, params, hidden_BTD[:, :1])
 
     def head(read: list[Array], hidden: Array) -> Array:
         rest = iter(read)
         merged = [next(rest) if r else leaf for r, leaf in zip(is_read, leaves, strict=True)]
         return unembed(jax.tree.unflatten(structure, merged), hidden)
 
-    def blocks(hidden_BTD: Array, targets_BT: Array, weights_BT: Array) -> tuple:
-        return _chunks(hidden_BTD, columns), _chunks(targets_BT, columns), _chunks(weights_BT, columns)
+    def blocks(*arrays: Array) -> tuple:
+        # As few blocks as `chunk` allows, of even size: 100 columns by 64 are 50 + 50.
+        length = arrays[0].shape[1]
+        columns = -(-length // -(-length // cfg.chunk))
+        return tuple(_chunks(x, columns) for x in arrays)
 
-    @jax.custom_vjp
-    def total(read, hidden_BTD, targets_BT, weights_BT):
+    dtypes = [leaf.dtype for r, leaf in zip(is_read, leaves, strict=True) if r]
+
+    def wide(read: list[Array]) -> list[Array]:
+        return [w.astype(dtype) for w, dtype in zip(read, dtypes, strict=True)]
+
+    def values(read, hidden_BTD, targets_BT, weights_BT):
         def body(loss, block):
             h, targets, weights = block
-            block_loss, _, losses = _block(cfg, head(read, h), targets, weights)
+            block_loss, _, losses = _block(cfg, head(wide(read), h), targets, weights)
             return loss + block_loss, losses
 
         loss, losses = jax.lax.scan(body, jnp.zeros([]), blocks(hidden_BTD, targets_BT, weights_BT))
-        return loss, jax.tree.map(lambda x: _join(x, length), losses)
+        return loss, jax.tree.map(lambda x: _join(x, hidden_BTD.shape[1]), losses)
 
-    def forward(read, hidden_BTD, targets_BT, weights_BT):
+    def values_and_gradients(read, hidden_BTD, targets_BT, weights_BT):
         def body(carry, block):
             h, targets, weights = block
-            logits, pull = jax.vjp(head, read, h)
+            # The casts cost nothing, for the product casts back, and leave its weight gradient unrounded.
+            logits, pull = jax.vjp(head, wide(read), h)
             block_loss, lse, losses = _block(cfg, logits, targets, weights)
             g = _logits_gradient(cfg, logits, lse, targets, weights)
             d_read, d_h = pull(g.astype(logits.dtype))
             loss, sums = carry
             return (loss + block_loss, jax.tree.map(lambda a, b: a + b, sums, d_read)), (losses, d_h)
 
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), read)
+        zeros = [
+            jnp.zeros(w.shape, jnp.promote_types(dtype, jnp.float32))
+            for w, dtype in zip(read, dtypes, strict=True)
+        ]
         carry = (jnp.zeros([]), zeros)
-        (loss, d_read), (losses, d_h) = jax.lax.scan(body, carry, blocks(hidden_BTD, targets_BT, weights_BT))
-        out = loss, jax.tree.map(lambda x: _join(x, length), losses)
+        sums, columns = jax.lax.scan(body, carry, blocks(hidden_BTD, targets_BT, weights_BT))
+        return sums, jax.tree.map(lambda x: _join(x, hidden_BTD.shape[1]), columns)
+
+    @jax.custom_vjp
+    def total(read, hidden_BTD, targets_BT, weights_BT):
+        return on_own_part(values, read, hidden_BTD, targets_BT, weights_BT)
+
+    def forward(read, hidden_BTD, targets_BT, weights_BT):
+        sums, columns = on_own_part(values_and_gradients, read, hidden_BTD, targets_BT, weights_BT)
+        (loss, d_read), (losses, d_h) = sums, columns
         d_read = jax.tree.map(lambda d, p: d.astype(p.dtype), d_read, read)
-        return out, (d_read, _join(d_h, length))
+        return (loss, losses), (d_read, d_h)
 
     def backward(saved, cotangents):
         d_read, d_hidden = jax.tree.map(lambda d: (d * cotangents[0]).astype(d.dtype), saved)
@@ -197,6 +223,7 @@ def cross_entropy(
 
     total.defvjp(forward, backward)
     read = [leaf for r, leaf in zip(is_read, leaves, strict=True) if r]
+    hidden_BTD = constrain(hidden_BTD, "batch", "length", "activation")
     return total(read, hidden_BTD, targets_BT, weights_BT)
 
 

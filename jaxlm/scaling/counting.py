@@ -147,10 +147,11 @@ def hardware_flops(cfg: TransformerConfig, seq_len: int) -> float:
 
     full: the products of the blocks once more. minimal: the scores once more. An upper bound: the compiler
     may drop a recomputed product that no gradient needs. Not in it: unchosen experts (the `dense` dropless
-    backend, which is what dropless dispatch takes on several devices: E / k times the experts' share).
+    backend: E / k times the experts' share), and the bubble of a pipeline.
     """
     counted, scores = weights(cfg), _score_flops(cfg, seq_len, executed=True)
     again = {"none": 0.0, "minimal": scores, "full": scores + 2.0 * counted.body_products}
+    again |= {"offload": again["full"], "offload_minimal": again["minimal"]}
     return 3.0 * forward_flops(cfg, seq_len, executed=True) + again[cfg.remat]
 
 
@@ -393,7 +394,7 @@ def _activation_bytes(cfg: TransformerConfig, seq_len: int, shards: Mapping[str,
     if cfg.remat == "none":
         return sum(map(whole, kinds))
     units = cfg.num_layers // P + cfg.num_layers % P  # a layer of the tail is a unit of its own
-    kept = sum(map(products, kinds)) if cfg.remat == "minimal" else units * s * D
+    kept = {"minimal": sum(map(products, kinds)), "full": units * s * D}.get(cfg.remat, 0)  # else on the host
     return kept + sum(map(whole, kinds[:P]))
 
 

@@ -23,7 +23,7 @@ from jaxlm.config import RunConfig, canonical_json, to_dict
 from jaxlm.data.packing import Batch, empty_batch, finish_batch
 from jaxlm.errors import UserError, check, nearest
 from jaxlm.scaling.counting import Memory, count
-from jaxlm.sharding import Layout, make_mesh, use
+from jaxlm.sharding import make_layout, use
 from jaxlm.train.feed import place_batch
 from jaxlm.train.metrics import peak_flops
 from jaxlm.train.programs import numbers_of, programs
@@ -188,7 +188,7 @@ def _key(cfg: RunConfig) -> str:
 def _time(cfg: RunConfig, seconds: float) -> Timing:
     """Compile the training step of `cfg` and run it on made-up tokens for that long, at least three times."""
     tokens = cfg.data.batch_size * cfg.data.seq_len
-    layout = Layout(make_mesh(cfg.mesh), cfg.mesh.table())
+    layout = make_layout(cfg.mesh)
     with use(layout):
         built = programs(
             cfg.model, cfg.loss, cfg.optim, cfg.mesh, microbatches=cfg.train.microbatches, token_bytes=None

@@ -33,7 +33,7 @@ from jaxlm.data.tokenizer import check_vocabulary, load_tokenizer
 from jaxlm.evaluate import evaluate
 from jaxlm.optim import ema_params
 from jaxlm.scaling import counting
-from jaxlm.sharding import Layout, make_mesh, use
+from jaxlm.sharding import make_layout, use
 from jaxlm.sweep.group_step import CELL, group_programs, own_metrics
 from jaxlm.sweep.groups import Member, check_group, group_key, open_group, why_not
 from jaxlm.train import run as alone
@@ -190,7 +190,7 @@ def train_group(
         places = {member.hash: c for c, member in enumerate(members)}
 
         # ------------------------------------------------------------------------------------------ programs
-        layout = Layout(make_mesh(cfg.mesh), cfg.mesh.table())
+        layout = make_layout(cfg.mesh)
         run.enter_context(use(layout))
         alone._check_shapes(cfg, layout)
         whole = NamedSharding(layout.mesh, PartitionSpec())

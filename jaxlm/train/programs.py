@@ -20,7 +20,7 @@ from jaxlm.model import transformer
 from jaxlm.model.parametrization import optimizer_options
 from jaxlm.objectives.lm import LossConfig, make_lm_objective
 from jaxlm.optim import OptimConfig, make_optimizer, make_schedule
-from jaxlm.sharding import Layout, MeshConfig, make_mesh
+from jaxlm.sharding import MeshConfig, make_layout
 from jaxlm.train.state import Params, TrainState, abstract_state, state_program
 from jaxlm.train.step import Batch, Objective, make_step
 
@@ -124,7 +124,7 @@ def _programs(
     microbatches: int,
     token_bytes: tuple[float, ...] | None,
 ) -> Programs:
-    layout = Layout(make_mesh(mesh), mesh.table())
+    layout = make_layout(mesh)
     model, init = Model(model_cfg), partial(transformer.init, model_cfg)
     token_bytes_V = None if token_bytes is None else np.asarray(token_bytes, np.float32)
     objective = make_lm_objective(model, loss, token_bytes_V)
@@ -134,7 +134,9 @@ def _programs(
     target, _ = abstract_state(init, optimizer, **where)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
 
-    @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
+    options = dict(mesh.compiler_options) or None
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
     def step(state: TrainState, frozen: None, fed: tuple[Batch, Numbers]) -> tuple[TrainState, dict]:
         batch, numbers = fed
         traced = {name: x for name, x in numbers.items() if name != "lr"}

@@ -34,9 +34,10 @@ from jaxlm.errors import UserError, check
 from jaxlm.evaluate import evaluate
 from jaxlm.generate.decode import Generator, decoder
 from jaxlm.model import transformer
+from jaxlm.model.context_parallel import CONTEXTS, check_columns
 from jaxlm.optim import ema_params, make_schedule
 from jaxlm.scaling import counting
-from jaxlm.sharding import MESH_AXES, Layout, LeafLayout, describe, make_mesh, use
+from jaxlm.sharding import MESH_AXES, Layout, LeafLayout, describe, make_layout, use
 from jaxlm.train.branch import Branch, find_branch, restore_branch
 from jaxlm.train.checkpoint import Checkpointer, step_dirs
 from jaxlm.train.compilation import counted_compilations
@@ -154,7 +155,7 @@ def train(
         compiled = run.enter_context(counted_compilations(cache_dir))
 
         # ---------------------------------------------------------------------------------------------- mesh
-        layout = Layout(make_mesh(cfg.mesh), cfg.mesh.table())
+        layout = make_layout(cfg.mesh)
         run.enter_context(use(layout))
         _check_shapes(cfg, layout)
         rows = own_rows(layout, cfg.data.batch_size)
@@ -267,7 +268,7 @@ def train(
         if held_out is not None:
             periodic.append(Every(t.eval_every, evaluate_now, "eval", cause="eval", last=True))
         if t.noise_scale_every:
-            parts = choose_parts(cfg.data.batch_size, layout.shards("batch"), max(t.microbatches, 8))
+            parts = choose_parts(cfg.data.batch_size, layout.row_multiple, max(t.microbatches, 8))
             noise = NoiseScale(
                 make_part_squares(device.objective, parts),
                 lambda done: place(loader(done)),
@@ -357,13 +358,16 @@ def _finite(x: float) -> float | None:
 
 def _check_shapes(cfg: RunConfig, layout: Layout) -> None:
     """What no room can see alone: does the batch fit the mesh, and a row the model."""
-    B, M, shards = cfg.data.batch_size, cfg.train.microbatches, layout.shards("batch")
-    if B % (M * shards):
-        step = M * shards
+    B, M, multiple = cfg.data.batch_size, cfg.train.microbatches, layout.row_multiple
+    if B % (M * multiple):
+        step, parts = M * multiple, layout.pipeline_parts
+        pipe = f"{parts} microbatches in the pipeline x " if layout.stages > 1 else ""
         raise UserError(
-            f"data.batch_size={B} is not divisible by train.microbatches={M} x {shards} mesh devices that "
-            f"share the rows; the nearest that is: {max(step, round(B / step) * step)}"
+            f"data.batch_size={B} is not divisible by train.microbatches={M} x {pipe}{multiple // parts} "
+            f"mesh devices that share the rows; the nearest that is: {max(step, round(B / step) * step)}"
         )
+    zigzag = CONTEXTS[cfg.model.attention.context].zigzag and cfg.model.causal
+    check_columns(cfg.data.seq_len, layout, zigzag=zigzag)
     longest = cfg.model.position.max_length
     if cfg.model.position.kind == "learned":
         check(
@@ -455,7 +459,7 @@ def plan(cfg: RunConfig, *, num_devices: int | None = None) -> Plan:
     """
     sizes = cfg.mesh.shape(num_devices or jax.device_count())
     mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
-    layout = Layout(mesh, cfg.mesh.table())
+    layout = make_layout(cfg.mesh, mesh)
     _check_shapes(cfg, layout)
     tokens = cfg.data.batch_size * cfg.data.seq_len
     schedule = make_schedule(cfg.optim, cfg.train.num_steps, tokens)

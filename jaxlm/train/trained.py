@@ -15,7 +15,7 @@ from jaxlm.errors import UserError, check
 from jaxlm.generate import decode
 from jaxlm.model import transformer
 from jaxlm.optim import ema_params, make_schedule
-from jaxlm.sharding import Layout, MeshConfig, make_mesh, use
+from jaxlm.sharding import Layout, MeshConfig, make_layout, use
 from jaxlm.train.checkpoint import Checkpointer
 from jaxlm.train.compilation import counted_compilations
 from jaxlm.train.feed import place_batch
@@ -56,7 +56,7 @@ def load_trained(
     tokenizer = load_tokenizer(str(kept) if kept.is_dir() else cfg.data.tokenizer)
     check_vocabulary(tokenizer, cfg.model.vocab_size)
     mesh = cfg.mesh if mesh is None else mesh
-    layout = Layout(make_mesh(mesh), mesh.table())
+    layout = make_layout(mesh)
     init = partial(transformer.init, cfg.model)
     tokens = cfg.data.batch_size * cfg.data.seq_len
     optimizer = optimizer_of(cfg.model, cfg.optim, make_schedule(cfg.optim, cfg.train.num_steps, tokens))
@@ -123,12 +123,13 @@ def score(
 ) -> evaluation.EvalResult:
     """Score a loaded model; arguments as of `evaluate`."""
     cfg, layout, tokenizer = trained.cfg, trained.layout, trained.tokenizer
-    shards = layout.shards("batch")
-    if batch_size % shards:
+    multiple = layout.row_multiple
+    if batch_size % multiple:
         raise UserError(
-            f"batch_size={batch_size} is not divisible by the {shards} mesh devices along the batch"
+            f"batch_size={batch_size} is not divisible by the {multiple} mesh devices along the batch"
+            + (" times the pipeline's microbatches a device" if layout.stages > 1 else "")
         )
-    rows = batch_size or -(-cfg.data.batch_size // shards) * shards
+    rows = batch_size or -(-cfg.data.batch_size // multiple) * multiple
     chosen = dataclasses.replace(cfg.data, eval=data, eval_tokens=0) if data else cfg.data
     with use(layout), _cache_beside(trained):
         batches = eval_batches(chosen, tokenizer, rows, cache_dir=trained.workdir.parent / "data_cache")

@@ -10,13 +10,13 @@ import pytest
 from jax._src.interpreters import partial_eval as pe
 
 from jaxlm.errors import UserError
-from jaxlm.model import backends, device_kernels
+from jaxlm.model import backends
 from jaxlm.model.attention import AttentionConfig
 from jaxlm.model.backends import BACKENDS, attend, executed_keys
 from jaxlm.model.masks import Mask
 from jaxlm.model.splash import tile_size
 from jaxlm.model.transformer import TransformerConfig
-from jaxlm.sharding import Layout, MeshConfig, make_mesh, use
+from jaxlm.sharding import Layout, MeshConfig, make_layout, make_mesh, platform, use
 from jaxlm.stack import rematerialised
 
 B, T, N, H = 2, 300, 4, 16  # three tiles of 128 columns, the last one part padding
@@ -103,7 +103,7 @@ def test_splash_on_a_mesh_equals_one_device(mesh, rules):
     segments, positions = packed(length, 4)
     mask = Mask(positions, positions, segments, segments, ordered=True)
     want = loss_and_gradients(x, mask, "splash_interpret", {})
-    layout = Layout(make_mesh(mesh), dict(MeshConfig(rules=rules).table()))
+    layout = make_layout(dataclasses.replace(mesh, rules=rules))
     with use(layout):
         axes = dict(q="heads", k="kv_heads", v="kv_heads", weight="heads")
         places = {name: layout.sharding(("batch", None, axis, None)) for name, axis in axes.items()}
@@ -266,10 +266,10 @@ def test_what_cudnn_is_asked_for_means_our_mask(monkeypatch, causal, window, seg
 
 
 def test_the_platform_is_that_of_the_mesh_in_use():
-    assert device_kernels.platform() == "cpu"
+    assert platform() == "cpu"
     with use(Layout(make_mesh(MeshConfig(data=2, tensor=4)))):
-        assert jax.jit(lambda: jnp.zeros(len(device_kernels.platform())))().shape == (3,)
+        assert jax.jit(lambda: jnp.zeros(len(platform())))().shape == (3,)
     tpu = jax.sharding.AbstractDevice(device_kind="TPU v5", num_cores=1, platform="tpu")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2,), ("data",), abstract_device=tpu)):
-        assert device_kernels.platform() == "tpu"
+        assert platform() == "tpu"
     assert {name for name, row in BACKENDS.items() if row.platform} == {"splash", "cudnn"}
