@@ -355,8 +355,9 @@ def profiles(fit: Fit) -> Any:
         near = grid[value <= 3 * cut] if cut else grid  # the walk may have gone far up one side
         wide = near.min() > 0 and near.max() > 10 * near.min()
         if wide:
-            axis.set_xscale("log")
-        axis.set_xlim(*(span(near, pad=0.1) if wide else near.min() + np.ptp(near) * np.array([-0.1, 1.1])))
+            log_axis(axis, "x", *span(near, pad=0.1), symbol(name), "{:g}".format, fewest=3)
+        else:
+            axis.set_xlim(*(near.min() + np.ptp(near) * np.array([-0.1, 1.1])))
         low, high = profile["interval"]
         edges = axis.get_xlim()
         bounded = [edges[0] if low is None else low, edges[1] if high is None else high]

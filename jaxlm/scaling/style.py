@@ -161,8 +161,8 @@ def interval_text(value: float, interval: Sequence[float] | None, digits: int = 
 # --- Axes ---
 
 
-def _log_ticks(low: float, high: float) -> tuple[list[float], list[float]]:
-    """Labelled and unlabelled ticks of a logarithmic axis: the roundest of which four fit."""
+def _log_ticks(low: float, high: float, fewest: int) -> tuple[list[float], list[float]]:
+    """Labelled and unlabelled ticks of a logarithmic axis: the roundest of which `fewest` fit."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     every = max(1, round(math.log10(high / low) / 6))
 
@@ -178,19 +178,28 @@ def _log_ticks(low: float, high: float) -> tuple[list[float], list[float]]:
         (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 4.5),
     )
     choices += (tuple(np.arange(20, 200) / 20),)
-    major = next((found for steps in choices if len(found := inside(steps, every)) >= 4), inside((1,)))
+    major = next((found for steps in choices if len(found := inside(steps, every)) >= fewest), inside((1,)))
     minor = inside((1,) if every > 1 else range(1, 10))
     return major, [t for t in minor if not any(math.isclose(t, m) for m in major)]
 
 
-def log_axis(axis: Any, which: str, low: float, high: float, label: str, text: Callable = count_text) -> None:
-    """Make the x or y axis logarithmic from low to high, with ticks that `text` writes."""
+def log_axis(
+    axis: Any,
+    which: str,
+    low: float,
+    high: float,
+    label: str,
+    text: Callable = count_text,
+    *,
+    fewest: int = 4,
+) -> None:
+    """Make the x or y axis logarithmic from low to high, with at least so many ticks, that `text` writes."""
     from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter
 
     getattr(axis, f"set_{which}scale")("log")
     getattr(axis, f"set_{which}lim")(low, high)
     getattr(axis, f"set_{which}label")(label)
-    major, minor = _log_ticks(low, high)
+    major, minor = _log_ticks(low, high, fewest)
     one = getattr(axis, f"{which}axis")
     one.set_major_locator(FixedLocator(major))
     one.set_major_formatter(FixedFormatter([text(t) for t in major]))

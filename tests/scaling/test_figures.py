@@ -191,7 +191,7 @@ def test_refuses_what_cannot_be_drawn(line_fit):
     ("low", "high"), [(8e3, 2e6), (1e11, 1e13), (2.6e11, 5e13), (9, 37), (1e5, 1e22), (1.0, 1.3)]
 )
 def test_log_ticks_are_few_and_round(low, high):
-    major, minor = _log_ticks(low, high)
+    major, minor = _log_ticks(low, high, 4)
     assert 3 <= len(major) <= 12
     assert all(low <= t <= high for t in major + minor)
     assert len({count_text(t) for t in major}) == len(major)  # no two labels read the same
