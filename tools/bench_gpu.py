@@ -187,7 +187,8 @@ def run_torch(shape: Shape, steps: int, device: str) -> dict:
 
 def worker(python: str, *words: str) -> dict:
     """What one measuring process prints."""
-    env = {**os.environ, "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
+    paths = os.pathsep.join(filter(None, (str(TOOLS.parent), os.environ.get("PYTHONPATH"))))
+    env = {**os.environ, "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", "PYTHONPATH": paths}
     command = [python, str(TOOLS / "bench_gpu.py"), *words]
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:

@@ -177,10 +177,10 @@ def test_minimal_remat_keeps_what_the_kernel_needs_and_full_runs_it_again(remat,
     mask = Mask(positions, positions, ordered=True)
     x = tensors(2, length=32)
 
-    def block(x):
-        return attend(x["q"], x["k"], x["v"], mask, backend="splash_interpret")
+    def block(x, q):
+        return attend(q, x["k"], x["v"], mask, backend="splash_interpret")
 
-    loss = lambda x: jnp.sum(rematerialised(block, remat, scan=True)(x) ** 2)  # noqa: E731
+    loss = lambda x: jnp.sum(rematerialised(block, remat, scan=True)(x, x["q"]) ** 2)  # noqa: E731
     jaxpr = jax.make_jaxpr(jax.grad(loss))(x).jaxpr
     needed, _ = pe.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     names = kernels_in(needed)
