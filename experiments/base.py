@@ -54,6 +54,8 @@ def get_config(size: str = "full") -> ConfigDict:
     model.dtype = "float32"  # operands of products, and activations
     model.param_dtype = "float32"  # stored parameters
     model.accum_dtype = "float32"  # sums inside products
+    # none | int8 | int8_full | fp8: 8-bit products of dense layers, see jaxlm.quant
+    model.quant = "none"
 
     model.attention.num_heads = 4  # query heads N
     model.attention.num_kv_heads = 0  # key/value heads K, a divisor of num_heads (1 = MQA); 0 = num_heads
@@ -67,7 +69,9 @@ def get_config(size: str = "full") -> ConfigDict:
     model.attention.qkv_bias = False  # biases on the query, key and value projections
     model.attention.out_bias = False  # bias on the output projection
     model.attention.scale = 0.0  # of the scores; 0 = head_dim ** -0.5
-    model.attention.backend = "blocked"  # name in jaxlm.model.attention.BACKENDS
+    model.attention.backend = "blocked"  # name in jaxlm.model.backends.BACKENDS
+    model.attention.tile_q = 0  # splash: queries of a tile, a multiple of 128; 0 = by rule
+    model.attention.tile_k = 0  # splash: keys of a tile, likewise
     model.attention.context = "gather"  # over columns that mesh.sequence splits: gather | ring | ulysses
 
     model.position.kind = "rope"  # rope | alibi | learned | sinusoidal | t5 | none

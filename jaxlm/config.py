@@ -116,7 +116,7 @@ EXECUTION = frozenset(
         for name in ("keep_last", "keep_best", "keep_period", "save_steps", "max_nonfinite", "sample_prompts")
     }
     | {f"train.{name}" for name in ("profile_start", "profile_steps", "peak_flops", "compilation_cache")}
-    | {"train.noise_scale_every"}
+    | {"train.noise_scale_every", "model.attention.tile_q", "model.attention.tile_k"}
 )
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.sharding import current
-from jaxlm.weights import PRODUCT
+from jaxlm.weights import ATTENDED, PRODUCT
 
 Block = Callable[[Any, Any, Any], tuple[Any, Any]]  # (one layer's params, carry, its slice of xs)
 
@@ -27,11 +27,12 @@ def _to_host(*names: str) -> Callable[..., Any]:
 
 REMAT: dict[str, Callable[..., Any] | None] = {
     "none": None,  # keep every residual
-    # keep weight products, in their own dtype; by name, as a policy does not see into their custom gradient
-    "minimal": jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    # keep weight products, in their own dtype, and what an attention kernel's backward pass reads; by name,
+    # as a policy does not see into their custom gradients
+    "minimal": jax.checkpoint_policies.save_only_these_names(PRODUCT, ATTENDED),
     "full": jax.checkpoint_policies.nothing_saveable,  # keep the block's input alone
     "offload": _to_host(BLOCK_INPUT),  # keep the block's input, in the host's memory
-    "offload_minimal": _to_host(BLOCK_INPUT, PRODUCT),  # what `minimal` keeps, in the host's memory
+    "offload_minimal": _to_host(BLOCK_INPUT, PRODUCT, ATTENDED),  # what `minimal` keeps, in the host's memory
 }
 
 

@@ -63,21 +63,35 @@ def _train_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_boolean(
         "bar", None, "draw a progress bar, else print lines; default: on a terminal", flag_values=values
     )
+    _string(
+        values,
+        "coordinator",
+        "",
+        "HOST:PORT of process 0 of several that train together; 'auto' = as JAX finds out (TPU VM, GKE); "
+        "SLURM and Open MPI need no flag",
+    )
+    _integer(values, "num_processes", None, "with --coordinator: processes in all", 1)
+    _integer(values, "process_id", None, "with --coordinator: number of this one, from 0")
 
 
 def _train(values: flags.FlagValues, positional: Sequence[str], config: Any) -> int:
+    from jaxlm import distributed
     from jaxlm.config import build
     from jaxlm.train.loop import NonFiniteError
     from jaxlm.train.run import train
 
     no_positional("train", positional)
     need(values, "train", "workdir")
+    cfg = build(config)
+    distributed.start(values.coordinator, values.num_processes, values.process_id)
     try:
-        result = train(build(config), values.workdir, bar=values.bar)
+        with distributed.leaving_at_once(NonFiniteError):
+            result = train(cfg, values.workdir, bar=values.bar)
     except NonFiniteError as error:
         print(f"jaxlm: {error}", file=sys.stderr)
         return FAILED
-    print(result.text())
+    if distributed.is_chief():
+        print(result.text())
     return 0 if result.status == "finished" else STOPPED
 
 

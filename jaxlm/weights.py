@@ -20,6 +20,8 @@ from jaxlm.tree import map_named
 
 # The name by which a remat policy finds the results of `matmul`.
 PRODUCT = "matmul"
+# Likewise the result and the logsumexp of an attention kernel: with both it need not run again.
+ATTENDED = "attended"
 
 
 def _split(eqn: str) -> tuple[str, str, str]:
@@ -28,7 +30,8 @@ def _split(eqn: str) -> tuple[str, str, str]:
     return x, w, out
 
 
-def _einsum(eqn: str, a: Array, b: Array, dtype: str, accum: str) -> Array:
+def einsum(eqn: str, a: Array, b: Array, dtype: str, accum: str) -> Array:
+    """Operands cast to `dtype`, sums in `accum`; gradients are autodiff's, unlike those of `product`."""
     # fp32 means fp32: the default precision of a TPU would round such operands to bf16, of a GPU to TF32.
     precision = jax.lax.Precision.HIGHEST if dtype == "float32" else None
     return jnp.einsum(
@@ -49,7 +52,7 @@ def product(
     With a `wire`, a sum over devices is made in the dtype in which it arrives, not in `accum`: a device sums
     its own terms as ever, and the compiler puts the sum over devices right behind the product.
     """
-    return _einsum(eqn, x, w, dtype, result if wire and wire[0] else accum).astype(result)
+    return einsum(eqn, x, w, dtype, result if wire and wire[0] else accum).astype(result)
 
 
 def _product_fwd(eqn: str, x: Array, w: Array, dtype: str, accum: str, result: str, wire: Wire | None):
@@ -65,8 +68,8 @@ def _product_bwd(
     x, w = saved
     x_axes, w_axes, out_axes = _split(eqn)
     own, gradients = wire or (False, accum)
-    dx = _einsum(f"{out_axes},{w_axes}->{x_axes}", g, w, dtype, str(x.dtype) if own else accum)
-    dw = _einsum(f"{x_axes},{out_axes}->{w_axes}", x, g, dtype, gradients)
+    dx = einsum(f"{out_axes},{w_axes}->{x_axes}", g, w, dtype, str(x.dtype) if own else accum)
+    dw = einsum(f"{x_axes},{out_axes}->{w_axes}", x, g, dtype, gradients)
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
@@ -101,7 +104,7 @@ def matmul(
     Args:
         eqn: einsum equation `x,w->out`; each letter stands in at least two of the three terms.
         x: activation, any dtype.
-        w: weight, any dtype.
+        w: weight, any dtype; or a leaf type with a method `product(eqn, x, dtype, accum, result)` of its own.
         dtype: compute dtype.
         accum: dtype of the sums.
         result: dtype of the result; default `dtype`.
@@ -111,7 +114,11 @@ def matmul(
     >>> matmul("BD,DF->BF", x, w, dtype="bfloat16").dtype.name
     'bfloat16'
     """
-    y = product(eqn, x, w, str(dtype), str(accum), str(result or dtype), _wire(str(accum)))
+    dtypes = str(dtype), str(accum), str(result or dtype)
+    if hasattr(w, "product"):
+        y = w.product(eqn, x, *dtypes)
+    else:
+        y = product(eqn, x, w, *dtypes, _wire(str(accum)))
     y = checkpoint_name(y, PRODUCT)
     return y if out is None else constrain(y, *out)
 

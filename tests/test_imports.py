@@ -23,6 +23,8 @@ L0 = {
     "transforms",
     "mesh_rules",
     "pipeline",
+    "distributed",
+    "quant",
 }
 L1 = {"model", "data", "optim"}
 L2 = {"objectives", "generate", "scaling"}

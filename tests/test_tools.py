@@ -583,3 +583,36 @@ def test_no_room_is_ignored_by_git():
     if done.returncode == 128:
         pytest.skip("not a git checkout")
     assert done.stdout == ""
+
+
+def test_the_gpu_benchmark_refuses_without_a_gpu_and_its_models_have_their_sizes(capsys):
+    import jax
+
+    from jaxlm.model.transformer import TransformerConfig, abstract_params
+
+    bench = load("bench_gpu")
+    if not list(pathlib.Path("/dev").glob("nvidia[0-9]*")):
+        assert bench.main([]) == 2
+        assert "this needs an NVIDIA GPU" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        bench.parse(["--models", "7B"])
+    assert "there is no '7B' (models: 125M, 350M, 1.3B, moe)" in capsys.readouterr().err
+    for name, least, most in (("125M", 120e6, 170e6), ("350M", 330e6, 420e6), ("1.3B", 1.25e9, 1.45e9)):
+        shape = bench.MODELS[name]
+        sizes = dict(num_layers=shape.layers, model_dim=shape.model_dim, mlp_dim=shape.mlp_dim)
+        params = abstract_params(TransformerConfig(vocab_size=shape.vocab, **sizes))
+        assert least < sum(leaf.size for leaf in jax.tree.leaves(params)) < most, name
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs_on_tiny_shapes(capsys):
+    bench = load("bench_gpu")
+    words = ["--tiny", "--models", "125M,moe", "--rounds", "1", "--steps", "2", "--torch_python", ""]
+    assert bench.main(words) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert set(result) == {"125M", "moe"}
+    for part in result.values():
+        assert part["tokens_per_second"]["median"] > 0
+        assert part["loss"][1] < part["loss"][0]  # it trains on its one batch
+        assert part["mfu"] is None
+        assert part["cudnn_attention"] is False

@@ -254,9 +254,9 @@ def loop_variant(shape, flat: dict[str, np.ndarray], tokens: np.ndarray) -> Turn
     """The training loop around the library's step: prefetch thread, console, metrics file, TensorBoard."""
     from jaxlm.data.loader import prefetch
     from jaxlm.sharding import use
+    from jaxlm.train.feed import place_batch
     from jaxlm.train.loop import train_loop
     from jaxlm.train.metrics import Console, JsonlWriter, Reporter, TensorBoardWriter
-    from jaxlm.train.run import place_batch
 
     state, step, layout = jaxlm_step(shape, flat)
     carry = [state, 0]

@@ -9,7 +9,7 @@ import json
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -231,23 +231,19 @@ def _count_bytes(store: TokenStore, tokenizer: Tokenizer, limit: int) -> int:
 class Loader:
     """`loader(step)` is the batch of that step, the same whenever and wherever it is asked for.
 
-    Step n has the global rows [n * B, (n + 1) * B), and host i of k the i-th contiguous block of B / k of
-    them: the blocks of all hosts, in order, are the batch that one host would have.
+    Step n has the global rows [n * B, (n + 1) * B), and each process those that lie on its devices: together
+    they are the batch that one process would have.
     """
 
-    def __init__(self, dataset: Dataset, cfg: DataConfig, *, host_index: int = 0, host_count: int = 1):
-        """The rows of one host; of `cfg` only batch_size is read.
-
-        Raises:
-            UserError: a batch that the hosts cannot share evenly.
-        """
+    def __init__(self, dataset: Dataset, cfg: DataConfig, *, rows: Sequence[int] | None = None):
+        """Make the `rows` (in [0, B), default all) of every batch; of `cfg` only batch_size is read."""
         self.dataset = dataset
         self.batch_size = cfg.batch_size
-        self._low, self._high = _block(cfg.batch_size, host_index, host_count)
+        self._rows = _rows(cfg.batch_size, rows)
         self._shares = tuple(s.share for s in dataset.sources)
 
     def __call__(self, step: int) -> Batch:
-        rows_B = np.arange(step * self.batch_size + self._low, step * self.batch_size + self._high)
+        rows_B = step * self.batch_size + self._rows
         found_B, draws_B = mixture.draw(rows_B, self._shares)
         places = []
         for s, k in zip(found_B.tolist(), draws_B.tolist(), strict=True):
@@ -263,13 +259,12 @@ class Loader:
         return {s.glob: rows * s.share / total / s.plan.num_rows for s in self.dataset.sources}
 
 
-def _block(batch_size: int, host_index: int, host_count: int) -> tuple[int, int]:
-    """The rows of a global batch that one host makes."""
-    check(0 <= host_index < host_count, f"host_index={host_index} is not in [0, host_count={host_count})")
-    if batch_size % host_count:
-        raise UserError(f"batch_size={batch_size} is not divisible by the {host_count} hosts")
-    size = batch_size // host_count
-    return host_index * size, (host_index + 1) * size
+def _rows(batch_size: int, rows: Sequence[int] | None) -> np.ndarray:
+    """Which rows of a global batch to make."""
+    chosen = np.arange(batch_size) if rows is None else np.asarray(rows)
+    inside = chosen.size > 0 and chosen.min() >= 0 and chosen.max() < batch_size
+    check(inside, f"rows={chosen.tolist()} are not rows of a batch of {batch_size}")
+    return chosen
 
 
 class EvalBatches:
@@ -283,21 +278,21 @@ class EvalBatches:
         fingerprint: of the set and its rows.
     """
 
-    def __init__(self, dataset: Dataset, batch_size: int, *, host_index: int = 0, host_count: int = 1):
+    def __init__(self, dataset: Dataset, batch_size: int, *, rows: Sequence[int] | None = None):
         check(batch_size > 0, f"eval batch_size={batch_size} must be positive")
         self.dataset = dataset
         self.batch_size = batch_size
         self.num_tokens = dataset.num_tokens
         self.num_bytes = dataset.num_bytes
         self.fingerprint = dataset.fingerprint
-        self._low, self._high = _block(batch_size, host_index, host_count)
+        self._rows = _rows(batch_size, rows)
 
     def __len__(self) -> int:
         return -(-self.dataset.num_rows // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         for first in range(0, self.dataset.num_rows, self.batch_size):
-            rows = range(first + self._low, first + self._high)
+            rows = (first + self._rows).tolist()
             yield self.dataset.batch([(0, r) if r < self.dataset.num_rows else (-1, 0) for r in rows])
 
 
@@ -307,8 +302,7 @@ def eval_batches(
     batch_size: int = 0,
     *,
     cache_dir: str | Path = "",
-    host_index: int = 0,
-    host_count: int = 1,
+    rows: Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> EvalBatches:
     """The eval set of `cfg`, with rows of cfg.seq_len packed as cfg.packing says.
@@ -316,9 +310,10 @@ def eval_batches(
     Args:
         batch_size: rows of a batch over all hosts; 0 = cfg.batch_size. The result of an evaluation does not
             depend on it.
+        rows: which rows of every batch to make; default all.
     """
     dataset = make_dataset(cfg, tokenizer, cache_dir=cache_dir, split="eval", progress=progress)
-    return EvalBatches(dataset, batch_size or cfg.batch_size, host_index=host_index, host_count=host_count)
+    return EvalBatches(dataset, batch_size or cfg.batch_size, rows=rows)
 
 
 class prefetch:

@@ -5,11 +5,13 @@ import math
 
 from jaxlm.errors import UserError, check, check_choice
 from jaxlm.model import positions as pos
-from jaxlm.model.attention import AttentionConfig, check_backend
+from jaxlm.model.attention import AttentionConfig
+from jaxlm.model.backends import check_backend
 from jaxlm.model.context_parallel import check_context
 from jaxlm.model.layers import ACTIVATIONS
 from jaxlm.model.moe import MoEConfig
 from jaxlm.model.positions import PositionConfig
+from jaxlm.quant import FORMATS
 from jaxlm.stack import REMAT
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -46,6 +48,7 @@ class TransformerConfig:
     dtype: str = "float32"  # operands of products, and activations
     param_dtype: str = "float32"  # stored parameters
     accum_dtype: str = "float32"  # sums inside products
+    quant: str = "none"  # none | int8 | int8_full | fp8: 8-bit products of dense layers, see jaxlm.quant
     attention: AttentionConfig = AttentionConfig()
     position: PositionConfig = PositionConfig()
     moe: MoEConfig = MoEConfig()
@@ -58,15 +61,21 @@ class TransformerConfig:
         check_choice(self.norm, ("rmsnorm", "layernorm"), "model.norm")
         check_choice(self.norm_position, ("pre", "post", "sandwich"), "model.norm_position")
         check_choice(self.remat, REMAT, "model.remat")
+        has_moe = "moe" in self.mlp_pattern
         for name in ("dtype", "param_dtype", "accum_dtype"):
             check_choice(getattr(self, name), DTYPES, f"model.{name}")
+        check_choice(self.quant, ("none", *FORMATS), "model.quant")
+        check(
+            self.quant == "none" or not has_moe,
+            f"model.quant={self.quant!r}: the products of experts are not quantised; use 'none', or a model "
+            "without 'moe' layers",
+        )
         check(0.0 <= self.dropout < 1.0, f"model.dropout={self.dropout} must be in [0, 1)")
         check(self.init_std >= 0.0, f"model.init_std={self.init_std} must not be negative")
         check(self.logit_softcap >= 0.0, f"model.logit_softcap={self.logit_softcap} must not be negative")
         check(len(self.mlp_pattern) > 0, "model.mlp_pattern must name at least one layer kind")
         for kind in self.mlp_pattern:
             check_choice(kind, ("dense", "moe"), "model.mlp_pattern")
-        has_moe = "moe" in self.mlp_pattern
         check(
             has_moe == (self.moe.num_experts > 0),
             f"model.moe.num_experts={self.moe.num_experts} and model.mlp_pattern={self.mlp_pattern} "
@@ -92,6 +101,7 @@ class TransformerConfig:
             softcap=self.attention.softcap > 0,
             sinks=self.attention.sinks,
             bias=self.position.kind in ("alibi", "t5"),
+            tiled=self.attention.tile_q > 0 or self.attention.tile_k > 0,
         )
 
         check_context(self.attention.context, bias=self.position.kind in ("alibi", "t5"))

@@ -29,6 +29,7 @@ from jaxlm.model.layers import MLP, Norm, dropout, normal_init
 from jaxlm.model.moe import MoE
 from jaxlm.model.parametrization import attention_config, initial_std, out_scale, rules
 from jaxlm.pipeline import run_layers
+from jaxlm.quant import mark
 from jaxlm.sharding import constrain, current, split_axes, use
 from jaxlm.stack import rematerialised, run_stack
 from jaxlm.tree import map_named
@@ -354,7 +355,7 @@ def apply(
         layer = layer_of(rows, shared, part)
 
         def unit(params_u: Params, x: Array, xs: tuple[Params, Array]):
-            params_u = lay_out(params_u, AXES, cfg.dtype, exact=EXACT)
+            params_u = mark(lay_out(params_u, AXES, cfg.dtype, exact=EXACT), cfg.quant)
             caches, first = xs
             new_caches, auxes = {}, []
             for j, block in enumerate(blocks):
@@ -378,7 +379,7 @@ def apply(
         index = jnp.asarray(repeats * P + int(j))
 
         def last(params_l: Params, *rest: Any, block: Block = blocks[int(j)]):
-            return layer(block, lay_out(params_l, AXES, cfg.dtype, exact=EXACT), *rest)
+            return layer(block, mark(lay_out(params_l, AXES, cfg.dtype, exact=EXACT), cfg.quant), *rest)
 
         x_BTD, cache_l, aux = rematerialised(last, cfg.remat, scan=False)(params_l, x_BTD, cache_l, index)
         auxes.append(aux)

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from rich.table import Table
 
-from jaxlm.model.attention import executed_keys
+from jaxlm.model.backends import executed_keys, keeps_scores
 from jaxlm.model.layers import ACTIVATIONS
 from jaxlm.model.transformer import AXES, TransformerConfig, abstract_params, init_cache
 from jaxlm.sharding import Layout, tree_shardings
@@ -127,7 +127,8 @@ def forward_flops(cfg: TransformerConfig, seq_len: int, *, executed: bool = Fals
 def _executed_keys(cfg: TransformerConfig, kind: str, seq_len: int) -> float:
     """Keys per query whose scores a layer of that kind computes."""
     window = cfg.attention.window if kind == "local" else 0
-    return executed_keys(cfg.attention.backend, seq_len, causal=cfg.causal, window=window)
+    tiles = (cfg.attention.tile_q, cfg.attention.tile_k)
+    return executed_keys(cfg.attention.backend, seq_len, causal=cfg.causal, window=window, tiles=tiles)
 
 
 def _score_flops(cfg: TransformerConfig, seq_len: int, executed: bool) -> float:
@@ -309,8 +310,9 @@ def memory(
     with s the bytes of the compute dtype, t the ways that heads and MLP are split, F the MLP width that a
     token passes through, a = 4 and m = 1 (gated: 6 and 2), d = 2 (parallel block: 1), e = d (3 where a norm
     follows the branch), n norms (2; sandwich 4, parallel 1), k chosen experts (0 if dense), and S keys
-    that a query's scores are computed for. Norms
-    and probabilities are kept in fp32, the latter twice by a backend that writes them out. ReLU keeps less.
+    that a query's scores are computed for. Norms and probabilities are kept in fp32, the latter twice by a
+    backend that writes them out; a kernel keeps (s H + 4) N / t in their place, under `minimal` too. ReLU
+    keeps less.
 
     Logits and their gradient are 8 bytes x tokens x V / t. Not in it: gradients that flow between layers, and
     what the compiler adds or fuses away; the `memory_analysis` of the compiled step has the last word.
@@ -368,6 +370,7 @@ def _activation_bytes(cfg: TransformerConfig, seq_len: int, shards: Mapping[str,
     gated = ACTIVATIONS[cfg.activation][1]
     inputs, norms = (1, 1) if cfg.parallel_block else (2, 4 if cfg.norm_position == "sandwich" else 2)
     outputs = inputs + (cfg.norm_position != "pre")
+    written = keeps_scores(cfg.attention.backend)  # else a result and an fp32 logsumexp a query
 
     def widths(kind: str) -> tuple[float, int]:
         """(MLP width, rows sent to experts) of a token."""
@@ -379,11 +382,13 @@ def _activation_bytes(cfg: TransformerConfig, seq_len: int, shards: Mapping[str,
     def whole(kind: tuple[str, str]) -> float:
         width, sent = widths(kind[1])
         kept = (inputs + 2 * sent) * D + 2 * (n + k) * H + (6 if gated else 4) * width
-        return s * kept + 12 * norms * D + 8 * _executed_keys(cfg, kind[0], seq_len) * n
+        scores = 8 * _executed_keys(cfg, kind[0], seq_len) if written else s * H + 4
+        return s * kept + 12 * norms * D + scores * n
 
     def products(kind: tuple[str, str]) -> float:
         width, sent = widths(kind[1])
-        return s * ((outputs + sent) * D + (n + 2 * k) * H + (2 if gated else 1) * width)
+        attended = 0 if written else (s * H + 4) * n
+        return s * ((outputs + sent) * D + (n + 2 * k) * H + (2 if gated else 1) * width) + attended
 
     kinds, P = cfg.layer_kinds, cfg.period
     if cfg.remat == "none":

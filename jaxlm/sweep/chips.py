@@ -24,9 +24,9 @@ from jaxlm.data.packing import Batch, empty_batch, finish_batch
 from jaxlm.errors import UserError, check, nearest
 from jaxlm.scaling.counting import Memory, count
 from jaxlm.sharding import make_layout, use
+from jaxlm.train.feed import place_batch
 from jaxlm.train.metrics import peak_flops
 from jaxlm.train.programs import numbers_of, programs
-from jaxlm.train.run import place_batch
 from jaxlm.train.rundir import write_json
 
 

@@ -24,9 +24,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 
+from jaxlm.distributed import from_chief, is_chief
 from jaxlm.errors import UserError
 from jaxlm.train.rundir import write_text
 from jaxlm.train.state import TrainState
@@ -276,7 +276,7 @@ class Checkpointer:
 
     def _add_manifest(self) -> None:
         """Runs in Orbax's thread when all files are in the temporary directory, before it is renamed."""
-        if jax.process_index() == 0:
+        if is_chief():
             (partial,) = self.directory.glob(f"{self._writing:0{_DIGITS}d}.*tmp*")
             write_manifest(partial, self._checksums)
 
@@ -305,7 +305,7 @@ class Checkpointer:
             CheckpointError: this or the previous checkpoint could not be written (disk full, say).
         """
         self.wait()
-        if step in self.steps():
+        if from_chief(lambda: step in self.steps()):
             return
         scored = {name: float(x) for name, x in (metrics or {}).items() if name == self._keep.metric}
         arrays = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
@@ -366,7 +366,7 @@ class Checkpointer:
         Raises:
             CheckpointError: none is intact, or the leaves are not those of `target`.
         """
-        path, skipped = newest_valid(self.directory, self._warn, step)
+        path, skipped = from_chief(lambda: newest_valid(self.directory, self._warn, step))
         if path is None:
             return None
         want = _items(target)
@@ -378,7 +378,7 @@ class Checkpointer:
                 path,
                 args=ocp.args.Composite(**arrays, data=ocp.args.JsonRestore(), config=ocp.args.JsonRestore()),
             )
-        if quarantine and jax.process_index() == 0:
+        if quarantine and is_chief():
             for bad, _ in skipped:
                 bad.rename(bad.with_name(f"damaged-{bad.name}-{time.time_ns()}"))
         state = _state(target, got)

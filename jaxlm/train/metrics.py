@@ -6,6 +6,7 @@ resume at step s cuts a torn last line and every row past s, and training writes
 
 import contextlib
 import dataclasses
+import io
 import json
 import math
 import sys
@@ -311,12 +312,20 @@ class Console:
         start: updates done before.
         stream: where to write; default stderr.
         bar: draw a bar; default: if the stream is a terminal.
+        quiet: show nothing: another process does.
     """
 
     def __init__(
-        self, num_steps: int, start: int = 0, stream: TextIO | None = None, bar: bool | None = None
+        self,
+        num_steps: int,
+        start: int = 0,
+        stream: TextIO | None = None,
+        bar: bool | None = None,
+        quiet: bool = False,
     ) -> None:
         self._stream = stream or sys.stderr
+        if quiet:
+            self._stream, bar = io.StringIO(), False
         self._num_steps, self._start, self._done, self._began = num_steps, start, start, time.perf_counter()
         self._progress: Any = None
         if self._stream.isatty() if bar is None else bar:

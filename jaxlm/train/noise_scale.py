@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxlm.errors import UserError
+from jaxlm.sharding import constrain
 from jaxlm.train.state import Params, TrainState
 from jaxlm.train.step import Batch, Objective, split_rows, whole
 from jaxlm.tree import named_leaves
@@ -87,7 +88,9 @@ def make_part_squares(objective: Objective, parts: int) -> Callable[..., Squares
         rows = split_rows(batch, parts)
         total, (part_squares, weights) = jax.lax.scan(body, zeros, (rows, jnp.arange(parts)))
         whole_weight = jnp.maximum(weights.sum(), 1e-30)
-        return part_squares, weights, _square(total) / whole_weight**2
+        # Replicated, so that every host of a mesh can read them.
+        measured = part_squares, weights, _square(total) / whole_weight**2
+        return jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), measured)
 
     return jax.jit(squares)
 

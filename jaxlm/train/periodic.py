@@ -15,10 +15,13 @@ from jaxlm.train.state import TrainState
 
 
 class Samples:
-    """Texts that the model writes along the way, appended to a file under the number of the step."""
+    """Texts that the model writes along the way, appended to a file under the number of the step.
+
+    With several processes all of them take part in the writing; those without a path keep nothing.
+    """
 
     def __init__(
-        self, path: Path, generator: Generator, prompts: Sequence[str], cfg: SampleConfig, start: int
+        self, path: Path | None, generator: Generator, prompts: Sequence[str], cfg: SampleConfig, start: int
     ) -> None:
         self._path, self._generator, self._prompts, self._cfg = path, generator, prompts, cfg
         room = generator.model.max_length
@@ -29,6 +32,8 @@ class Samples:
                 f"train.sample_prompts: {prompt!r} is {length} tokens, which with sample.max_new_tokens="
                 f"{cfg.max_new_tokens} do not fit the model's {room} positions",
             )
+        if path is None:
+            return
         # Like the metrics: what lies past the checkpoint will be written again.
         kept = [text for step, text in self._blocks() if step <= start] if start else []
         write_text(path, "".join(kept))
@@ -41,6 +46,8 @@ class Samples:
 
     def __call__(self, step: int, state: TrainState) -> None:
         results = self._generator.generate_text(state.params, self._prompts, self._cfg)
+        if self._path is None:
+            return
         texts = [f"{prompt}{result.text}\n" for prompt, result in zip(self._prompts, results, strict=True)]
         with self._path.open("a", encoding="utf-8") as file:
             file.write(f"##### step {step}\n" + "\n-----\n".join(texts) + "\n")

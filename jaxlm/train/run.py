@@ -29,6 +29,7 @@ from jax.sharding import AbstractMesh, AxisType
 from jaxlm.config import RunConfig, config_hash, diff, identity, to_dict
 from jaxlm.data.loader import Loader, eval_batches, make_dataset, prefetch
 from jaxlm.data.tokenizer import check_vocabulary, load_tokenizer
+from jaxlm.distributed import AgreedStop, chief_first, from_chief, is_chief
 from jaxlm.errors import UserError, check
 from jaxlm.evaluate import evaluate
 from jaxlm.generate.decode import Generator, decoder
@@ -40,6 +41,7 @@ from jaxlm.sharding import MESH_AXES, Layout, LeafLayout, describe, make_layout,
 from jaxlm.train.branch import Branch, find_branch, restore_branch
 from jaxlm.train.checkpoint import Checkpointer, step_dirs
 from jaxlm.train.compilation import counted_compilations
+from jaxlm.train.feed import own_rows, place_batch
 from jaxlm.train.loop import Every, NonFiniteError, StopSignals, train_loop
 from jaxlm.train.metrics import (
     Clock,
@@ -57,7 +59,6 @@ from jaxlm.train.plot import plot_loss
 from jaxlm.train.programs import learning_rates, numbers_of, optimizer_of, programs
 from jaxlm.train.rundir import RunLock, open_run_dir, probe_writable, write_json
 from jaxlm.train.state import TrainState, abstract_state, replace_params
-from jaxlm.train.step import Batch
 from jaxlm.train.warmstart import load_params
 from jaxlm.tree import combine, nbytes
 
@@ -128,15 +129,13 @@ def train(
     # On a CPU the host's cores are the device: a step that runs while the host queues the next one is a tenth
     # slower. Read when the backend starts, so it comes first; other platforms do not know it.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    processes = jax.process_count()
-    check(processes == 1, f"{processes} processes: training over several is not supported yet")
-    clock, workdir, chief = Clock(), Path(workdir).absolute(), jax.process_index() == 0
+    clock, workdir, chief = Clock(), Path(workdir).absolute(), is_chief()
     run, starting = contextlib.ExitStack(), contextlib.ExitStack()
     with run, starting:
         starting.enter_context(clock.spend("init"))
 
         # ------------------------------------------------------------------------------------- run directory
-        if chief:
+        def take() -> tuple[Result | None, Branch | None]:
             probe_writable(workdir)
             run.enter_context(RunLock(workdir))
             _forget_unstarted(workdir)
@@ -145,18 +144,22 @@ def train(
             ended = _read_result(workdir)
             if ended is not None and ended.status == "finished":
                 print(f"{workdir} holds this run, and it is finished", file=sys.stderr)
-                return ended
-        branch = None
-        if cfg.train.branch_from and not step_dirs(workdir / "checkpoints"):
-            branch = find_branch(cfg, workdir)
+                return ended, None
+            fresh = cfg.train.branch_from and not step_dirs(workdir / "checkpoints")
+            return None, find_branch(cfg, workdir) if fresh else None
+
+        ended, branch = from_chief(take)
+        if ended is not None:
+            return ended
         cache_dir = workdir.parent / "compilation_cache" if cfg.train.compilation_cache else None
         compiled = run.enter_context(counted_compilations(cache_dir))
 
         # ---------------------------------------------------------------------------------------------- mesh
         layout = make_layout(cfg.mesh)
         run.enter_context(use(layout))
-        place = partial(place_batch, layout)
         _check_shapes(cfg, layout)
+        rows = own_rows(layout, cfg.data.batch_size)
+        place = partial(place_batch, layout, batch_size=cfg.data.batch_size, rows=rows)
 
         # ----------------------------------------------------------------------------------------- programs
         # Shapes alone, so that what does not fit is refused before any text is tokenised.
@@ -169,17 +172,18 @@ def train(
         counts = counting.count(cfg.model, cfg.data.seq_len)
         tokens_per_step = cfg.data.batch_size * cfg.data.seq_len
         rates = learning_rates(cfg.optim, cfg.train.num_steps, tokens_per_step)
-        probe_writable(workdir, need_bytes=nbytes(device.target))
+        from_chief(lambda: probe_writable(workdir, need_bytes=nbytes(device.target)))
 
         # ---------------------------------------------------------------------------------------------- data
         if chief:
             _keep_tokenizer(cfg.data.tokenizer, workdir / "tokenizer")
-        hosts = dict(host_index=jax.process_index(), host_count=jax.process_count())
         cached = dict(cache_dir=workdir.parent / "data_cache", progress=_print_preparation)
         with clock.spend("prepare"):
-            dataset = make_dataset(cfg.data, tokenizer, **cached)
-            held_out = eval_batches(cfg.data, tokenizer, **cached, **hosts) if cfg.data.eval else None
-        loader = Loader(dataset, cfg.data, **hosts)
+            dataset = chief_first(lambda: make_dataset(cfg.data, tokenizer, **cached))
+            held_out = None
+            if cfg.data.eval:
+                held_out = chief_first(lambda: eval_batches(cfg.data, tokenizer, rows=rows, **cached))
+        loader = Loader(dataset, cfg.data, rows=rows)
 
         # --------------------------------------------------------------------------------------------- state
         saver = run.enter_context(
@@ -207,12 +211,13 @@ def train(
                     rename=cfg.train.warm_start_rename,
                     allow_missing=cfg.train.warm_start_missing,
                 )
-                print(report.text(), file=sys.stderr)
+                if chief:
+                    print(report.text(), file=sys.stderr)
                 optimizer = optimizer_of(cfg.model, cfg.optim, lambda count: 0.0)
                 state = replace_params(state, combine(params, state.params), optimizer)
 
         # ----------------------------------------------------------------------------------------- reporting
-        console = Console(cfg.train.num_steps, start, bar=bar)
+        console = Console(cfg.train.num_steps, start, bar=bar, quiet=not chief)
         writers = [console]
         if chief:
             writers.append(JsonlWriter(workdir / "metrics.jsonl", start))
@@ -274,17 +279,21 @@ def train(
             periodic.append(Every(t.noise_scale_every, noise, "noise", cause="noise"))
         if t.sample_prompts:
             generator = Generator(decoder(cfg.model), tokenizer, layout=layout)
-            samples = Samples(workdir / "samples.txt", generator, t.sample_prompts, cfg.sample, start)
+            texts = workdir / "samples.txt" if chief else None
+            samples = Samples(texts, generator, t.sample_prompts, cfg.sample, start)
             periodic.append(Every(t.sample_every, samples, "sample", cause="sample", last=True))
         if chief:
             periodic.append(Every(t.plot_every, plot, "plot", cause="plot", **at_every_end))
-        if t.profile_start:
+        if t.profile_start and chief:
             periodic += Profile(workdir / "profile", t.profile_start, t.profile_steps).jobs()
 
         # ---------------------------------------------------------------------------------------------- loop
         starting.close()
         signals = run.enter_context(StopSignals(warn=console.log))
         batches = run.enter_context(prefetch(loader, start, cfg.data.prefetch, place))
+
+        def asked(done: int) -> str:
+            return stop(done) or signals(done)
 
         def result(status: str, reason: str, steps: int) -> Result:
             return Result(
@@ -317,12 +326,13 @@ def train(
                 report=reporter,
                 log_every=cfg.train.log_every,
                 tick=console.tick,
-                stop=lambda done: stop(done) or signals(done),
+                stop=asked if jax.process_count() == 1 else AgreedStop(asked, layout.mesh),
                 clock=clock,
                 nonfinite_limit=cfg.train.max_nonfinite,
             )
         except NonFiniteError as error:
-            write_json(workdir / "result.json", result("failed", str(error), error.step).to_dict())
+            if chief:
+                write_json(workdir / "result.json", result("failed", str(error), error.step).to_dict())
             raise
         with clock.spend("checkpoint"):
             saver.wait()
@@ -334,12 +344,6 @@ def train(
 
 
 # ----------------------------------------------------------------------------------------------- parts of it
-
-
-def place_batch(layout: Layout, batch: Batch) -> Batch:
-    """This host's rows as part of the global batch, each on its own devices."""
-    rows = layout.sharding(("batch", "length"))
-    return {name: jax.make_array_from_process_local_data(rows, x) for name, x in batch.items()}
 
 
 def _peak_rss() -> int:

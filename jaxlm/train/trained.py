@@ -18,8 +18,8 @@ from jaxlm.optim import ema_params, make_schedule
 from jaxlm.sharding import Layout, MeshConfig, make_layout, use
 from jaxlm.train.checkpoint import Checkpointer
 from jaxlm.train.compilation import counted_compilations
+from jaxlm.train.feed import place_batch
 from jaxlm.train.programs import Model, optimizer_of
-from jaxlm.train.run import place_batch
 from jaxlm.train.state import abstract_state
 from jaxlm.train.warmstart import load_params
 

@@ -66,7 +66,7 @@ def test_batch_has_the_agreed_form(mixed: DataConfig, cache: Path, packing: str)
 def test_hosts_together_make_the_batch_of_one(mixed: DataConfig, cache: Path, packing: str, hosts: int):
     data = dataset(dataclasses.replace(mixed, packing=packing), cache)
     alone = Loader(data, mixed)
-    each = [Loader(data, mixed, host_index=i, host_count=hosts) for i in range(hosts)]
+    each = [Loader(data, mixed, rows=np.arange(8).reshape(hosts, -1)[i]) for i in range(hosts)]
     for step in (0, 1, 57, 10**9):
         parts = [host(step) for host in each]
         assert {p["tokens"].shape[0] for p in parts} == {8 // hosts}
@@ -212,11 +212,12 @@ def test_bad_settings(fields: dict, message: str):
         DataConfig(**fields)
 
 
-def test_hosts_that_do_not_divide_the_batch(mixed: DataConfig, cache: Path):
-    with pytest.raises(UserError, match="batch_size=8 is not divisible by the 3 hosts"):
-        Loader(dataset(mixed, cache), mixed, host_index=0, host_count=3)
-    with pytest.raises(UserError, match="host_index=2 is not in"):
-        Loader(dataset(mixed, cache), mixed, host_index=2, host_count=2)
+def test_rows_apart_from_each_other_and_rows_outside_the_batch(mixed: DataConfig, cache: Path):
+    data = dataset(mixed, cache)
+    whole, some = Loader(data, mixed)(3), Loader(data, mixed, rows=[0, 1, 4, 5])(3)
+    assert_equal(some, {name: x[[0, 1, 4, 5]] for name, x in whole.items()})
+    with pytest.raises(UserError, match=r"rows=\[7, 8\] are not rows of a batch of 8"):
+        Loader(data, mixed, rows=[7, 8])
 
 
 def test_describe(mixed: DataConfig, cache: Path):
@@ -263,7 +264,7 @@ def test_eval_repeats_and_defaults_to_the_batch_size(mixed: DataConfig, cache: P
 def test_eval_over_hosts(mixed: DataConfig, cache: Path):
     alone = list(eval_batches(mixed, TOKENIZER, 8, cache_dir=cache))
     hosts = [
-        list(eval_batches(mixed, TOKENIZER, 8, cache_dir=cache, host_index=i, host_count=4)) for i in range(4)
+        list(eval_batches(mixed, TOKENIZER, 8, cache_dir=cache, rows=[2 * i, 2 * i + 1])) for i in range(4)
     ]
     for step, batch in enumerate(alone):
         assert_equal(joined([h[step] for h in hosts]), batch)

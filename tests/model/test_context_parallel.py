@@ -9,8 +9,10 @@ import pytest
 
 from jaxlm.errors import UserError
 from jaxlm.model import context_parallel as cp
-from jaxlm.model.attention import AttentionConfig, Mask, attend
+from jaxlm.model.attention import AttentionConfig
+from jaxlm.model.backends import attend
 from jaxlm.model.config import TransformerConfig
+from jaxlm.model.masks import Mask
 from jaxlm.model.moe import MoEConfig
 from jaxlm.model.positions import PositionConfig
 from jaxlm.model.transformer import abstract_params, apply

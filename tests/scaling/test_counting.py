@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
-from jaxlm.model.attention import AttentionConfig, Mask
+from jaxlm.model.attention import AttentionConfig
+from jaxlm.model.masks import Mask
 from jaxlm.model.moe import MoEConfig
 from jaxlm.model.positions import PositionConfig
 from jaxlm.model.transformer import AXES, TransformerConfig, abstract_params, apply, init, init_cache, unembed

@@ -1,0 +1,183 @@
+"""Several processes as one run: how they find each other, who writes, and what they agree on.
+
+Every process runs the same program on its own devices of one mesh. The first one (the chief) writes the run
+directory; whatever one process alone can see (a file, a signal) is told to the others before they act on it,
+as processes that do different things wait for each other for ever.
+"""
+
+import contextlib
+import os
+import pickle
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxlm.errors import UserError, check
+
+T = TypeVar("T")
+
+# Launchers that say in the environment how many processes they started: a variable that must be there beside
+# the one with the number. What needs a server to be asked (TPU VMs, Kubernetes) is `coordinator="auto"`.
+LAUNCHERS = {
+    "SLURM": ("SLURM_STEP_NODELIST", "SLURM_NTASKS"),
+    "Open MPI": ("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_SIZE"),
+}
+
+
+def launcher(environment: dict[str, str]) -> str:
+    """The launcher that started this process as one of several, or ''.
+
+    >>> launcher({"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2"}), launcher({"SLURM_NTASKS": "2"})
+    ('SLURM', '')
+    """
+    for name, (sign, count) in LAUNCHERS.items():
+        if sign in environment and int(environment.get(count, "1")) > 1:
+            return name
+    return ""
+
+
+def start(coordinator: str = "", num_processes: int | None = None, process_id: int | None = None) -> None:
+    """Join the other processes; before anything asks JAX for its devices. Alone, nothing happens.
+
+    Args:
+        coordinator: `host:port` of process 0, with the next two; 'auto' = as `jax.distributed.initialize()`
+            finds out (SLURM, Open MPI, TPU VM, GKE, Kubernetes); '' = so too if a launcher's variables say
+            that there are several processes.
+        num_processes: in all.
+        process_id: this one's number, from 0.
+
+    Raises:
+        UserError: flags that do not belong together, or nobody to join.
+    """
+    given = {"--num_processes": num_processes, "--process_id": process_id}
+    if coordinator in ("", "auto"):
+        for name, value in given.items():
+            check(value is None, f"{name}={value} needs --coordinator=HOST:PORT, the address of process 0")
+        if coordinator == "" and not launcher(dict(os.environ)):
+            return
+        if jax.distributed.is_initialized():
+            return
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:  # no cluster that JAX knows
+            raise UserError(
+                f"--coordinator={coordinator}: JAX finds no cluster here ({error}); give "
+                "--coordinator=HOST:PORT --num_processes=N --process_id=I"
+            ) from error
+        return
+    for name, value in given.items():
+        check(value is not None, f"--coordinator={coordinator} needs {name}")
+    host, colon, port = coordinator.rpartition(":")
+    check(
+        bool(host and colon and port.isdigit()),
+        f"--coordinator={coordinator!r} is not HOST:PORT, such as 10.0.0.1:8476",
+    )
+    check(
+        0 <= process_id < num_processes,
+        f"--process_id={process_id} is not in [0, --num_processes={num_processes})",
+    )
+    jax.distributed.initialize(coordinator, num_processes, process_id)
+
+
+def is_chief() -> bool:
+    """Whether this process is the one that writes files and speaks to the user."""
+    return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def leaving_at_once(*alike: type[BaseException]) -> Iterator[None]:
+    """End the process at once if the work inside fails, with its traceback.
+
+    At an ordinary exit JAX waits for all processes to leave together, which one that has failed cannot expect
+    of the others, nor they of it. What fails in all of them alike leaves the usual way: user errors, which
+    are told to all, and the exceptions of `alike`.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if jax.process_count() == 1 or isinstance(error, alike):
+            raise
+        traceback.print_exc()
+        print(f"jaxlm: process {jax.process_index()} of {jax.process_count()} failed", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def from_chief(fn: Callable[[], T]) -> T:
+    """`fn()`, called in the chief alone; every process gets its value, or its `UserError`.
+
+    Args:
+        fn: its value must be picklable, and equal to what it was, if there are several processes.
+    """
+    if jax.process_count() == 1:
+        return fn()
+    told: tuple[Any, str] = (None, "")
+    failure: UserError | None = None
+    if is_chief():
+        try:
+            told = (fn(), "")
+        except UserError as error:
+            failure, told = error, (None, str(error))
+    value, message = _tell(told)
+    if failure is not None:
+        raise failure
+    if message:
+        raise UserError(message)
+    return told[0] if is_chief() else value
+
+
+def _tell(value: Any) -> Any:
+    """The chief's `value` in every process."""
+    data = np.frombuffer(pickle.dumps(value), np.uint8) if is_chief() else np.zeros(0, np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
+    room = np.zeros(length, np.uint8) if not is_chief() else data
+    return pickle.loads(np.asarray(multihost_utils.broadcast_one_to_all(room), np.uint8).tobytes())
+
+
+def chief_first(fn: Callable[[], T]) -> T:
+    """`fn()` in every process, in the others when the chief is done: it may leave files that they find."""
+    made: list[T] = []
+    from_chief(lambda: made.append(fn()))
+    return made[0] if made else fn()
+
+
+class AgreedStop:
+    """`stop(step) -> reason` that all processes answer alike, whichever of them has a reason.
+
+    Each call sends this process's answer through a small maximum on the devices and reads the one that was
+    sent a step before, which is there by then: nothing waits, and the run ends one step later.
+
+    Args:
+        stop: this process's own answer.
+        mesh: all devices of the run.
+    """
+
+    def __init__(self, stop: Callable[[int], str], mesh: Mesh) -> None:
+        self._stop, self._reason, self._sent = stop, "", None
+        self._shape, self._places = (mesh.size,), NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._largest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    def __call__(self, step: int) -> str:
+        """Why all should stop after `step`, or ''."""
+        self._reason = self._stop(step) or self._reason
+        names = {number.name: int(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        code = names.get(self._reason, 1) if self._reason else 0
+        flags = jax.make_array_from_callback(
+            self._shape, self._places, lambda _: np.full(1, code, np.int32), dtype=np.int32
+        )
+        before, self._sent = self._sent, self._largest(flags)
+        agreed = 0 if before is None else int(before)
+        if agreed > 1:
+            return signal.Signals(agreed).name
+        return (self._reason or "another process was told to stop") if agreed else ""
