@@ -26,6 +26,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
+from jaxlm.chips import peak_flops
 from jaxlm.config import RunConfig, config_hash, diff, identity, to_dict
 from jaxlm.data.loader import Loader, eval_batches, make_dataset, prefetch
 from jaxlm.data.tokenizer import check_vocabulary, load_tokenizer
@@ -48,7 +49,6 @@ from jaxlm.train.metrics import (
     Reporter,
     TensorBoardWriter,
     format_seconds,
-    peak_flops,
     read_rows,
 )
 from jaxlm.train.noise_scale import NoiseScale, choose_parts, make_part_squares
@@ -156,7 +156,7 @@ def train(
         layout = make_layout(cfg.mesh)
         run.enter_context(use(layout))
         place = partial(place_batch, layout)
-        _check_shapes(cfg, layout)
+        check_shapes(cfg, layout)
 
         # ----------------------------------------------------------------------------------------- programs
         # Shapes alone, so that what does not fit is refused before any text is tokenised.
@@ -352,7 +352,7 @@ def _finite(x: float) -> float | None:
     return x if math.isfinite(x) else None
 
 
-def _check_shapes(cfg: RunConfig, layout: Layout) -> None:
+def check_shapes(cfg: RunConfig, layout: Layout) -> None:
     """What no room can see alone: does the batch fit the mesh, and a row the model."""
     B, M, multiple = cfg.data.batch_size, cfg.train.microbatches, layout.row_multiple
     if B % (M * multiple):
@@ -456,7 +456,7 @@ def plan(cfg: RunConfig, *, num_devices: int | None = None) -> Plan:
     sizes = cfg.mesh.shape(num_devices or jax.device_count())
     mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
     layout = make_layout(cfg.mesh, mesh)
-    _check_shapes(cfg, layout)
+    check_shapes(cfg, layout)
     tokens = cfg.data.batch_size * cfg.data.seq_len
     schedule = make_schedule(cfg.optim, cfg.train.num_steps, tokens)
     optimizer = optimizer_of(cfg.model, cfg.optim, schedule)
