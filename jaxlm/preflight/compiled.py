@@ -145,13 +145,12 @@ def compile_step(cfg: RunConfig, topology: Topology) -> Facts:
     rows, cycles, unknown, unreadable = None, 0.0, 0, ""
     if compiled is not None:
         try:
-            text = compiled.as_text()
-        except jax.errors.JaxRuntimeError as error:  # some versions of libtpu cannot print some programs
-            unreadable = str(error).splitlines()[0]
-        else:
-            found = schedule(hlo.parse(text))
+            # Some versions of libtpu cannot print some programs, and the text is no stable format.
+            found = schedule(hlo.parse(compiled.as_text()))
             rows = summarise(found.collectives, topology, mesh)
             cycles, unknown = found.cycles, found.unknown_loops
+        except (jax.errors.JaxRuntimeError, ValueError) as error:
+            unreadable = str(error).splitlines()[0]
     names = ("trace", "lower", "compile")
     return Facts(
         topology=str(topology),

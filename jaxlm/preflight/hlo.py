@@ -184,10 +184,8 @@ def device_groups(attributes: str, num_devices: int) -> Int[np.ndarray, "groups 
         return np.asarray(groups) if groups else np.arange(num_devices)[None]
     if iota := re.match(r"\[([\d,]+)\]" + _IOTA, text):
         return _iota(iota[2], iota[3]).reshape(_whole(iota[1]))
-    if mesh := re.match(
-        r"mesh\[([^\]]*?)(?:,\s*device_ids=\(\[([\d,]+)\](?:" + _IOTA + r")?\))?\]\s*\{([^}]*)\}", text
-    ):
-        return _mesh_groups(*mesh.groups())
+    if text.startswith("mesh["):
+        return _mesh_groups(text)
     raise ValueError(f"replica_groups of an unknown form: {text[:200]!r}")
 
 
@@ -203,19 +201,19 @@ def _iota(shape: str, order: str | None) -> Int[np.ndarray, "..."]:
     return ids.transpose(_whole(order)) if order else ids
 
 
-def _mesh_groups(
-    axes: str, listed: str | None, iota: str | None, order: str | None, chosen: str
-) -> Int[np.ndarray, "groups members"]:
+def _mesh_groups(text: str) -> Int[np.ndarray, "groups members"]:
     """Groups along axes of a mesh or parts of one: `'a':(2)4` are 4 steps of axis a, below 2 outer ones."""
+    axes, chosen = text[: text.index("]")], re.search(r"\{('[^}]*)\}", text)
+    if chosen is None:
+        raise ValueError(f"replica_groups of an unknown form: {text[:200]!r}")
     sizes = {name: int(n) for name, n in re.findall(r"'([^']*)'=(\d+)", axes)}
     ids = np.arange(math.prod(sizes.values()))
-    if iota is not None:
-        ids = _iota(iota, order).reshape(-1)
-    elif listed is not None:
-        ids = np.asarray(_whole(listed))
-    picked = [
-        (n, int(a or 1), int(b or 0)) for n, a, b in re.findall(r"'([^']*)'(?::\((\d+)\)(\d+))?", chosen)
-    ]
+    if (at := text[: chosen.start()].find("device_ids=(")) >= 0:  # the mesh in an order of its own
+        order = text[at : _closing(text, at + len("device_ids="))]
+        iota = re.search(_IOTA, order)
+        ids = _iota(iota[1], iota[2]).reshape(-1) if iota else np.asarray(re.findall(r"\d+", order), int)
+    parts = re.findall(r"'([^']*)'(?::\((\d+)\)(\d+))?", chosen[1])
+    picked = [(n, int(a or 1), int(b or 0)) for n, a, b in parts]
     shape, inside = [], []
     for name, size in sizes.items():
         cuts = sorted({1, size} | {edge for n, a, b in picked if n == name for edge in (a, a * (b or size))})

@@ -114,7 +114,7 @@ def _warnings(topology: Topology, facts: Facts, need: Any, time: Roofline | None
     if size >= LARGE and topology.num_devices > 1:
         yield f"{name} is replicated: {size / GiB:.2f} GiB on every device; give one of its axes a rule"
     if facts.unreadable:
-        yield f"the compiler cannot print this program ({facts.unreadable}): collectives are not known"
+        yield f"the program cannot be read ({facts.unreadable}): collectives are not known"
     if facts.unknown_loops:
         yield f"{facts.unknown_loops} loops of unknown length count as one trip: traffic is a lower bound"
     rows = facts.collectives or ()
