@@ -24,6 +24,13 @@ def _preflight_flags(values: flags.FlagValues) -> None:
         "cache", None, "folder that keeps what was compiled; empty = keep nothing; default: the user's cache"
     )
     flags.DEFINE_boolean("json", False, "print JSON alone", flag_values=values)
+    flags.DEFINE_boolean(
+        "search", False, "find the best mesh, remat and microbatches first", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "max_compiles", 4, "layouts that a search compiles", lower_bound=1, flag_values=values
+    )
+    text("out", "", "file for the overrides of the best layout that a search finds, JSON")
 
 
 def _preflight(values: flags.FlagValues, positional: Sequence[str], config: Any) -> int:
@@ -32,15 +39,16 @@ def _preflight(values: flags.FlagValues, positional: Sequence[str], config: Any)
 
     no_positional("preflight", positional)
     need(values, "preflight", "topology")
-    options = {name: values[name].value for name in ("slices", "price", "top", "cache")}
-    fits = preflight_command(build(config), values.topology, as_json=values.json, **options)
+    options = {n: values[n].value for n in ("slices", "price", "top", "cache", "max_compiles", "out")}
+    options |= {"as_json": values.json, "search_layouts": values.search}
+    fits = preflight_command(build(config), values.topology, **options)
     return 0 if fits else FAILED
 
 
 VERBS: dict[str, Verb] = {
     "preflight": Verb(
         "Compile the training step for hardware that is not here: memory, traffic, time, cost.",
-        "--config=FILE[:ARG] --topology=NAME:AxBxC [--slices=N] [--price=X] [--json]",
+        "--config=FILE[:ARG] --topology=NAME:AxBxC [--slices=N] [--search] [--price=X] [--json]",
         "jaxlm preflight --config=experiments/llama_8b.py --topology=v5p:4x4x4",
         _preflight_flags,
         _preflight,

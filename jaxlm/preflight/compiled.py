@@ -28,6 +28,7 @@ from jaxlm.preflight import hlo
 from jaxlm.preflight.collectives import BETWEEN, Collective, schedule, traffic
 from jaxlm.preflight.topology import (
     Topology,
+    captured_stderr,
     devices,
     make_topology_mesh,
     outgoing_links,
@@ -98,6 +99,7 @@ class Facts:
     unreadable: str  # why the program could not be read; '' = it was
     cycles: float  # the compiler's estimate for one step; 0 = it gives none
     unknown_loops: int  # counted as one trip
+    replicated: Sequence[str]  # operations whose operand the compiler replicates to go to another layout
     seconds: Mapping[str, float]  # trace, lower, compile
     versions: Mapping[str, str]
 
@@ -108,7 +110,7 @@ class Facts:
         made = {name: None if tree[name] is None else part(**tree[name]) for name, part in parts.items()}
         rows = tree["collectives"]
         made["collectives"] = None if rows is None else tuple(Row(**row) for row in rows)
-        made["largest_replicated"] = tuple(tree["largest_replicated"])
+        made |= {name: tuple(tree[name]) for name in ("largest_replicated", "replicated")}
         return cls(**{**tree, **made})
 
 
@@ -136,7 +138,8 @@ def compile_step(cfg: RunConfig, topology: Topology) -> Facts:
         clock.append(time.perf_counter())
         compiled, shortage = None, None
         try:
-            compiled = lowered.compile(compiler_options=OPTIONS)
+            with captured_stderr() as log:
+                compiled = lowered.compile(compiler_options=OPTIONS)
         except jax.errors.JaxRuntimeError as error:
             shortage = parse_shortage(str(error))
             if shortage is None:
@@ -163,6 +166,7 @@ def compile_step(cfg: RunConfig, topology: Topology) -> Facts:
         unreadable=unreadable,
         cycles=cycles,
         unknown_loops=unknown,
+        replicated=replications(log.text),
         seconds={name: round(b - a, 3) for name, a, b in zip(names, clock[:-1], clock[1:], strict=True)},
         versions=versions(topology),
     )
@@ -232,6 +236,21 @@ def parse_shortage(message: str) -> Shortage | None:
     scale = {unit: 1024.0**n for n, unit in enumerate("BKMGTP")}
     needed, available = (float(found[i]) * scale[found[i + 1]] for i in (1, 3))
     return Shortage(needed, available, message.splitlines()[0])
+
+
+_REPLICATION = re.compile(
+    r"Involuntary full remat.*? HLO operation %[\w.\-]+ = (\w+\[[\d,]*\])\S* ([\w\-]+)\("
+)
+
+
+def replications(log: str) -> tuple[str, ...]:
+    """What the partitioner complains of having replicated, 'gather f32[8,16,8]', each once.
+
+    >>> log = "[SPMD] Involuntary full rematerialization. The compiler cannot go from sharding {x} to {y} "
+    >>> replications(log + "for HLO operation %g.1 = f32[8,16]{1,0} gather(%a, %b), offset_dims={2}")
+    ('gather f32[8,16]',)
+    """
+    return tuple(dict.fromkeys(f"{found[2]} {found[1]}" for found in _REPLICATION.finditer(log)))
 
 
 def summarise(collectives: Sequence[Collective], topology: Topology, mesh: Any) -> tuple[Row, ...]:

@@ -208,10 +208,10 @@ def _mesh_groups(text: str) -> Int[np.ndarray, "groups members"]:
         raise ValueError(f"replica_groups of an unknown form: {text[:200]!r}")
     sizes = {name: int(n) for name, n in re.findall(r"'([^']*)'=(\d+)", axes)}
     ids = np.arange(math.prod(sizes.values()))
-    if (at := text[: chosen.start()].find("device_ids=(")) >= 0:  # the mesh in an order of its own
-        order = text[at : _closing(text, at + len("device_ids="))]
-        iota = re.search(_IOTA, order)
-        ids = _iota(iota[1], iota[2]).reshape(-1) if iota else np.asarray(re.findall(r"\d+", order), int)
+    if order := re.search(
+        r"device_ids=\((?:\[([\d,]+)\](?:T\(([\d,]+)\))?|([\d,]+))\)", text[: chosen.start()]
+    ):
+        ids = _iota(order[1], order[2]).reshape(-1) if order[1] else np.asarray(_whole(order[3]))
     parts = re.findall(r"'([^']*)'(?::\((\d+)\)(\d+))?", chosen[1])
     picked = [(n, int(a or 1), int(b or 0)) for n, a, b in parts]
     shape, inside = [], []

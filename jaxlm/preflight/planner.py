@@ -1,19 +1,19 @@
 """What a layout will cost, without compiling it: memory, traffic and time in closed form, and the best mesh.
 
 Memory is `scaling.counting.memory`. Traffic of one device and step, with w the bytes of its share of the
-parameters in the compute dtype before `fsdp` splits them, M microbatches, x = tokens of the device x D x bytes
-of an activation, L layers, n the size of the axis:
+parameters in the compute dtype before `fsdp` splits them, M microbatches, x = tokens of the device x D x
+bytes of an activation, L layers, n the size of the axis:
 
     fsdp      (n - 1) / n of 2 M w gathered (forward, backward) and of M w in fp32 scattered
     data      2 (n - 1) / n of the gradients' shard, fp32
     tensor    2 (n - 1) / n of 4 L x (6 L x where blocks are rematerialised)
-    sequence  (n - 1) of 6 L x (K / N): keys and values of the other devices, forward, again, and their gradients
+    sequence  (n - 1) of 6 L x (K / N): keys and values of the others, forward, again, and their gradients
     expert    (n - 1) / n of 4 k x for each layer of experts (6 where blocks are rematerialised)
     pipe      2 x
 
 The time of an axis is its bytes over its links: an axis of n of N chips is taken to lie along
-ceil(dims log n / log N) dimensions of the torus, two links in each. An estimate to choose with; the compiler has
-the last word.
+ceil(dims log n / log N) dimensions of the torus, two links in each. An estimate to choose with; the compiler
+has the last word.
 """
 
 import dataclasses
@@ -130,7 +130,7 @@ def meshes(cfg: RunConfig, num_devices: int, slices: int = 1) -> Iterator[MeshCo
     `data` in place of `fsdp` saves gathers where the state fits, so a few of those follow.
     """
     tensors = [n for n in (1, 2, 4, 8, 16) if cfg.model.attention.num_heads % n == 0]
-    experts = [n for n in _divisors(cfg.model.moe.num_experts)] if cfg.model.num_moe_layers else [1]
+    experts = _divisors(cfg.model.moe.num_experts) if cfg.model.num_moe_layers else [1]
     sequences = [1, 2, 4, 8, 16, 32, 64]
     for tensor in tensors:
         for expert in experts:
@@ -162,7 +162,7 @@ def _divisors(n: int) -> list[int]:
 def ranked(
     configs: Iterator[RunConfig] | Sequence[RunConfig], chip: Chip, num_devices: int, slices: int = 1
 ) -> list[tuple[RunConfig, Estimate]]:
-    """Configurations that divide and fit by the estimate, the fastest first; equally fast ones as they came."""
+    """Configurations that divide and fit by the estimate, the fastest first."""
     found = []
     for cfg in configs:
         try:
@@ -184,9 +184,9 @@ def choose_mesh(cfg: RunConfig, chip: Chip, num_devices: int, slices: int = 1) -
     found = ranked(tried, chip, num_devices, slices)
     if not found:
         raise UserError(
-            f"no mesh of {num_devices} devices divides this model and its batch of {cfg.data.batch_size} rows and "
-            f"leaves it within {HEADROOM:.0%} of {chip.limit / 2**30:.1f} GiB: take more chips, model.remat='full', "
-            f"or more train.microbatches"
+            f"no mesh of {num_devices} devices divides this model and its {cfg.data.batch_size} rows "
+            f"and leaves it within {HEADROOM:.0%} of {chip.limit / 2**30:.1f} GiB: take more chips, "
+            f"model.remat='full', or more train.microbatches"
         )
     return found[0][0].mesh
 

@@ -117,6 +117,8 @@ def _warnings(topology: Topology, facts: Facts, need: Any, time: Roofline | None
         yield f"the program cannot be read ({facts.unreadable}): collectives are not known"
     if facts.unknown_loops:
         yield f"{facts.unknown_loops} loops of unknown length count as one trip: traffic is a lower bound"
+    for operation in facts.replicated:
+        yield f"the compiler replicates an operand of {operation} to change its layout"
     rows = facts.collectives or ()
     yield from _reshards(rows)
     if topology.platform != "cpu":  # XLA:CPU has no reduce-scatter of a product

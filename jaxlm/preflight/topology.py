@@ -11,6 +11,8 @@ import importlib.util
 import math
 import os
 import re
+import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -130,7 +132,7 @@ def devices(topology: Topology) -> list[Any]:
     if topology.slices > 1:
         options["num_slices"] = topology.slices
     try:
-        with _quiet():
+        with captured_stderr():
             made = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options)
     except jax.errors.JaxRuntimeError as error:
         raise UserError(
@@ -139,17 +141,28 @@ def devices(topology: Topology) -> list[Any]:
     return list(made.devices)
 
 
+@dataclasses.dataclass
+class Log:
+    """What a block of code wrote to the process's stderr."""
+
+    text: str = ""
+
+
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what libtpu writes to the process's stderr when it is loaded where there is no TPU."""
-    with open(os.devnull, "w") as nowhere:
+def captured_stderr() -> Iterator[Log]:
+    """Keep what compilers write to the process's stderr: libtpu's noise, and XLA's warnings, to be read."""
+    log = Log()
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as file:
         kept = os.dup(2)
-        os.dup2(nowhere.fileno(), 2)
+        os.dup2(file.fileno(), 2)
         try:
-            yield
+            yield log
         finally:
             os.dup2(kept, 2)
             os.close(kept)
+            file.seek(0)
+            log.text = file.read().decode(errors="replace")
 
 
 def make_topology_mesh(cfg: MeshConfig, topology: Topology, found: Sequence[Any]) -> Mesh:

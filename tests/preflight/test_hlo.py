@@ -47,7 +47,8 @@ def test_bytes_of_types():
         ("replica_groups=mesh['a'=4] {'a':(1)2}", [[0, 2], [1, 3]]),
         ("replica_groups=mesh['a'=4] {'a':(2)2}", [[0, 1], [2, 3]]),
         ("replica_groups=mesh['a'=2,'b'=2], device_ids=(0,2,1,3) {'b'}, x=1", [[0, 2], [1, 3]]),
-        ("replica_groups=mesh['a'=2,'b'=2], device_ids=([4]<=[2,2]T(1,0)) {'b'}", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=([4]) {'b'}", [[0, 1], [2, 3]]),
     ],
 )
 def test_device_groups(text, groups):

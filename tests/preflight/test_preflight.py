@@ -233,6 +233,7 @@ def test_warnings(fsdp):
     assert warned([]) == ""
     assert "replicated" in warned([], largest_replicated=("blocks/0/mlp/w_up", 2**30))
     assert "2 loops of unknown length" in warned([], unknown_loops=2)
+    assert "replicates an operand of gather f32[8]" in warned([], replicated=("gather f32[8]",))
     assert "cannot be read" in warned(None, unreadable="RET_CHECK")
     assert "collectives along tensor take" in warned([row(axes="tensor")])
     assert "too small to hide the gathers" in warned([row()])
