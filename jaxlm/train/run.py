@@ -13,6 +13,7 @@ runs/compilation_cache/    compiled programs, likewise
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import resource
@@ -35,9 +36,9 @@ from jaxlm.evaluate import evaluate
 from jaxlm.generate.decode import Generator, decoder
 from jaxlm.model import transformer
 from jaxlm.model.context_parallel import CONTEXTS, check_columns
-from jaxlm.optim import ema_params, make_schedule
+from jaxlm.optim import OptimConfig, ema_params, make_schedule
 from jaxlm.scaling import counting
-from jaxlm.sharding import MESH_AXES, Layout, LeafLayout, describe, make_layout, use
+from jaxlm.sharding import MESH_AXES, Layout, LeafLayout, MeshConfig, describe, make_layout, use
 from jaxlm.train.branch import Branch, find_branch, restore_branch
 from jaxlm.train.checkpoint import Checkpointer, step_dirs
 from jaxlm.train.compilation import counted_compilations
@@ -54,7 +55,7 @@ from jaxlm.train.metrics import (
 from jaxlm.train.noise_scale import NoiseScale, choose_parts, make_part_squares
 from jaxlm.train.periodic import Profile, Samples
 from jaxlm.train.plot import plot_loss
-from jaxlm.train.programs import learning_rates, numbers_of, optimizer_of, programs
+from jaxlm.train.programs import learning_rates, numbers_of, optimizer_of, programs, shape_of
 from jaxlm.train.rundir import RunLock, open_run_dir, probe_writable, write_json
 from jaxlm.train.state import TrainState, abstract_state, replace_params
 from jaxlm.train.step import Batch
@@ -443,6 +444,22 @@ class Plan:
     tokens: int  # of the whole run
 
 
+def _planned_layout(mesh: MeshConfig, num_devices: int) -> Layout:
+    """A mesh of devices that need not be there."""
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    return make_layout(mesh, AbstractMesh(mesh.shape(num_devices), MESH_AXES, axis_types=types))
+
+
+@functools.lru_cache(maxsize=64)  # a search plans runs that differ in batch and remat alone
+def _planned_state(
+    model: transformer.TransformerConfig, optim: OptimConfig, mesh: MeshConfig, num_devices: int
+) -> TrainState:
+    """Shapes and shardings of a run's state; tracing it takes most of a plan's time."""
+    init, optimizer = partial(transformer.init, model), optimizer_of(model, optim, lambda count: 0.0)
+    where = dict(layout=_planned_layout(mesh, num_devices), table=transformer.AXES)
+    return abstract_state(init, optimizer, **where)[0]
+
+
 def plan(cfg: RunConfig, *, num_devices: int | None = None) -> Plan:
     """Parameters, FLOPs, memory per device and layout of a run, on this machine or a larger one.
 
@@ -453,15 +470,13 @@ def plan(cfg: RunConfig, *, num_devices: int | None = None) -> Plan:
     Raises:
         UserError: shapes that do not fit together or that the mesh does not divide.
     """
-    sizes = cfg.mesh.shape(num_devices or jax.device_count())
-    mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
-    layout = make_layout(cfg.mesh, mesh)
+    num_devices = num_devices or jax.device_count()
+    layout = _planned_layout(cfg.mesh, num_devices)
     check_shapes(cfg, layout)
     tokens = cfg.data.batch_size * cfg.data.seq_len
-    schedule = make_schedule(cfg.optim, cfg.train.num_steps, tokens)
-    optimizer = optimizer_of(cfg.model, cfg.optim, schedule)
-    init = partial(transformer.init, cfg.model)
-    state, _ = abstract_state(init, optimizer, layout=layout, table=transformer.AXES)
+    make_schedule(cfg.optim, cfg.train.num_steps, tokens)  # refuses one that does not fit in the run
+    model = dataclasses.replace(cfg.model, remat="none")
+    state = _planned_state(model, shape_of(cfg.optim), cfg.mesh, num_devices)
     rows = cfg.data.batch_size // (cfg.train.microbatches * layout.shards("batch"))
     memory = counting.memory(
         cfg.model,
