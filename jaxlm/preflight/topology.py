@@ -117,8 +117,9 @@ def devices(topology: Topology) -> list[Any]:
         UserError: no libtpu, a shape that the compiler does not know, too few emulated devices.
     """
     if topology.platform == "cpu":
-        with contextlib.suppress(RuntimeError):  # the backend runs already, with devices of its own
-            jax.config.update("jax_num_cpu_devices", topology.num_devices)
+        if jax.config.jax_num_cpu_devices < topology.num_devices:
+            with contextlib.suppress(RuntimeError):  # the backend runs already, with devices of its own
+                jax.config.update("jax_num_cpu_devices", topology.num_devices)
         found = jax.devices("cpu")
         check(
             len(found) >= topology.num_devices,

@@ -162,6 +162,7 @@ def test_bad_input_is_refused():
             parse_topology(text)
     with pytest.raises(UserError, match="slices=3 does not divide"):
         parse_topology("cpu:8", slices=3)
+    assert len(jax.devices()) == 8  # the backend runs
     with pytest.raises(UserError, match="has 8 CPU devices"):
         topology.devices(parse_topology("cpu:64"))
     eight = topology.devices(parse_topology("cpu:8"))
