@@ -31,17 +31,16 @@ from jaxlm.preflight.topology import (
     captured_stderr,
     devices,
     make_topology_mesh,
+    on_slices,
     outgoing_links,
     positions,
     versions,
 )
-from jaxlm.sharding import MESH_AXES, Layout, use
+from jaxlm.sharding import MESH_AXES, Layout, make_layout, use
 from jaxlm.train.programs import programs_on, shape_of
 from jaxlm.train.run import check_shapes
 from jaxlm.train.rundir import write_json
 from jaxlm.tree import named_leaves
-
-OPTIONS: dict[str, str] = {}  # of the compiler, as training passes them: none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,14 +119,16 @@ def compile_step(cfg: RunConfig, topology: Topology) -> Facts:
     Raises:
         UserError: shapes that do not fit together, a mesh that does not fit the topology, no compiler.
     """
+    cfg = on_slices(cfg, topology)
     mesh = make_topology_mesh(cfg.mesh, topology, devices(topology))
-    layout = Layout(mesh, cfg.mesh.table())
+    layout = make_layout(cfg.mesh, mesh)
     check_shapes(cfg, layout)
     loss = dataclasses.replace(cfg.loss, per_position=False)
     # Bytes of a token's text are a table of constants in the step; which ones does not matter here.
     some_bytes = np.ones(cfg.model.vocab_size, np.float32)
     shared = dict(microbatches=cfg.train.microbatches, token_bytes=some_bytes)
-    built = programs_on(layout, cfg.model, loss, cfg.optim, **shared)
+    options = dict(cfg.mesh.compiler_options)
+    built = programs_on(layout, cfg.model, loss, cfg.optim, options, **shared)
     batch = _abstract_batch(cfg, layout)
     numbers = {name: jax.ShapeDtypeStruct((), np.float32) for name in ("lr", "weight_decay", "b2")}
     clock = [time.perf_counter()]
@@ -139,7 +140,7 @@ def compile_step(cfg: RunConfig, topology: Topology) -> Facts:
         compiled, shortage = None, None
         try:
             with captured_stderr() as log:
-                compiled = lowered.compile(compiler_options=OPTIONS)
+                compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             shortage = parse_shortage(str(error))
             if shortage is None:
@@ -303,7 +304,7 @@ def cache_key(cfg: RunConfig, topology: Topology) -> str:
     names = ("model", "optim", "loss", "mesh")
     tree["optim"] = to_dict(shape_of(cfg.optim))
     what = {name: tree[name] for name in names}
-    what |= {"shape": [cfg.data.batch_size, cfg.data.seq_len, cfg.train.microbatches], "options": OPTIONS}
+    what |= {"shape": [cfg.data.batch_size, cfg.data.seq_len, cfg.train.microbatches]}
     what |= {"topology": str(topology), "versions": versions(topology), "source": _source_hash()}
     return hashlib.sha256(canonical_json(what).encode()).hexdigest()
 

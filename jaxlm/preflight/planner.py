@@ -62,19 +62,19 @@ def estimate(cfg: RunConfig, chip: Chip, num_devices: int, slices: int = 1) -> E
         cfg: its mesh need not be resolved.
         chip: with a network.
         num_devices: over all slices.
-        slices: the outermost part of `data`, or of `pipe`, crosses them.
+        slices: which `mesh.dcn` crosses.
 
     Raises:
         UserError: shapes that do not fit together or that the mesh does not divide.
     """
+    cfg = dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, slices=slices))
     need = plan(cfg, num_devices=num_devices)
     traffic = axis_traffic(cfg, need.mesh_shape, need.memory.params)
     chips = num_devices / slices / chip.devices
-    crossing = next((a for a in ("data", "pipe") if need.mesh_shape[a] % slices == 0), "data")
     seconds, between = 0.0, 0.0
     for axis, sent in traffic.items():
         n = need.mesh_shape[axis]
-        if slices > 1 and axis == crossing:
+        if slices > 1 and axis == cfg.mesh.dcn:
             between += sent * chip.devices / chip.network.beyond
             n //= slices
         if n > 1:
@@ -144,14 +144,15 @@ def meshes(cfg: RunConfig, num_devices: int, slices: int = 1) -> Iterator[MeshCo
                     continue
                 for more in (1, 4, rest):
                     if rest % more == 0 and (more == 1 or more < rest or more == rest > 4):
-                        yield MeshConfig(
+                        yield dataclasses.replace(
+                            cfg.mesh,
                             data=slices * more,
                             fsdp=rest // more,
                             tensor=tensor,
                             expert=expert,
                             sequence=sequence,
                             pipe=1,
-                            rules=cfg.mesh.rules,
+                            slices=slices,
                         )
 
 

@@ -11,7 +11,7 @@ from jaxlm.config import RunConfig, config_hash
 from jaxlm.preflight.collectives import BETWEEN
 from jaxlm.preflight.compiled import Facts, Row
 from jaxlm.preflight.roofline import Roofline, dcn_seconds, ici_seconds, roofline
-from jaxlm.preflight.topology import Topology
+from jaxlm.preflight.topology import Topology, on_slices
 from jaxlm.scaling import counting
 from jaxlm.train.metrics import format_count, format_seconds
 from jaxlm.train.run import plan
@@ -79,6 +79,7 @@ def make_report(cfg: RunConfig, topology: Topology, facts: Facts, price: float =
         cfg, topology, facts: as given to and got from `facts_of`.
         price: of an hour of one chip; 0 = not asked.
     """
+    cfg = on_slices(cfg, topology)
     need = plan(cfg, num_devices=topology.num_devices)
     share = need.tokens_per_step / topology.num_devices
     model_flops, hardware_flops = need.counts.flops_train * share, need.counts.flops_hardware * share

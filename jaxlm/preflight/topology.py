@@ -18,17 +18,17 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils, topologies
-from jax.sharding import AxisType, Mesh
+from jax.experimental import topologies
+from jax.sharding import Mesh
 from jaxtyping import Int
 
 from jaxlm.chips import CHIPS, Chip
+from jaxlm.config import RunConfig
 from jaxlm.errors import UserError, check, nearest
-from jaxlm.sharding import MESH_AXES, MeshConfig
+from jaxlm.sharding import MeshConfig, make_mesh
 
 TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
 _ALIASES = {"v7x": "tpu7x"}
-_CROSSING = ("data", "pipe")  # mesh axes that may cross slices, in this order of preference
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -166,39 +166,20 @@ def captured_stderr() -> Iterator[Log]:
             log.text = file.read().decode(errors="replace")
 
 
+def on_slices(cfg: RunConfig, topology: Topology) -> RunConfig:
+    """The run with the mesh that spans the topology's slices."""
+    return dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, slices=topology.slices))
+
+
 def make_topology_mesh(cfg: MeshConfig, topology: Topology, found: Sequence[Any]) -> Mesh:
     """The mesh that training makes on that hardware: neighbours in it are neighbours on the torus.
 
-    Over several slices one axis crosses from slice to slice: `data`, or `pipe`.
-
     Raises:
-        UserError: the mesh does not use all devices, or no axis can cross the slices.
+        UserError: the mesh does not use all devices, or not so many slices.
     """
-    shape = cfg.shape(len(found))
-    used = math.prod(shape)
-    check(
-        used == len(found),
-        f"mesh of {used} devices on --topology={topology} of {len(found)}: set one axis to -1",
-    )
-    over = [1] * len(shape)
-    if topology.slices > 1:
-        at = [MESH_AXES.index(name) for name in _CROSSING]
-        axis = next((i for i in at if shape[i] % topology.slices == 0), None)
-        check(
-            axis is not None,
-            f"--slices={topology.slices}: neither mesh.data={shape[at[0]]} nor mesh.pipe={shape[at[1]]} is a "
-            f"multiple of it; only they cross slices",
-        )
-        over[axis] = topology.slices
-    within = [n // k for n, k in zip(shape, over, strict=True)]
-    if topology.platform == "cpu":
-        grid = np.asarray(found).reshape([*over, *within])
-        grid = grid.transpose([i for n in range(len(shape)) for i in (n, n + len(shape))]).reshape(shape)
-    elif topology.slices > 1:
-        grid = mesh_utils.create_hybrid_device_mesh(within, over, found, allow_split_physical_axes=True)
-    else:
-        grid = mesh_utils.create_device_mesh(shape, found, allow_split_physical_axes=True)
-    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    used, n = math.prod(cfg.shape(len(found))), len(found)
+    check(used == n, f"mesh of {used} devices on --topology={topology} of {n}: set one axis to -1")
+    return make_mesh(cfg, found)
 
 
 def positions(

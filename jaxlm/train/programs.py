@@ -125,7 +125,8 @@ def _programs(
     token_bytes: tuple[float, ...] | None,
 ) -> Programs:
     layout = make_layout(mesh)
-    return programs_on(layout, model, loss, optim, microbatches=microbatches, token_bytes=token_bytes)
+    shared = dict(microbatches=microbatches, token_bytes=token_bytes)
+    return programs_on(layout, model, loss, optim, dict(mesh.compiler_options), **shared)
 
 
 def programs_on(
@@ -133,6 +134,7 @@ def programs_on(
     model_cfg: transformer.TransformerConfig,
     loss: LossConfig,
     optim: OptimConfig,
+    compiler_options: Mapping[str, str],
     *,
     microbatches: int,
     token_bytes: Sequence[float] | None,
@@ -147,7 +149,7 @@ def programs_on(
     target, _ = abstract_state(init, optimizer, **where)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
 
-    options = dict(mesh.compiler_options) or None
+    options = compiler_options or None
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
     def step(state: TrainState, frozen: None, fed: tuple[Batch, Numbers]) -> tuple[TrainState, dict]:
