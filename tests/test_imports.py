@@ -14,6 +14,7 @@ PACKAGE = ROOT / "jaxlm"
 # Room -> rooms that it may import besides itself. Left to right: L0, L1, L2, L3, L4.
 L0 = {
     "__init__",
+    "chips",
     "master_weights",
     "errors",
     "tree",
@@ -34,7 +35,7 @@ ALLOWED = {
     **dict.fromkeys(L2, L0 | L1),
     **dict.fromkeys(L3, L0 | L1 | L2 | L3),
 }
-# The assembler, what reads a run directory, the configs, the sweeps of runs and the command see every room.
+# The assembler, what reads a run directory, the configs, sweeps, preflights and the command see every room.
 TOP = {
     "config",
     "train/run",
@@ -43,9 +44,10 @@ TOP = {
     "cli",
     "verbs",
     "lab_verbs",
+    "preflight_verbs",
     "__main__",
 }
-TOP |= {f"sweep/{path.stem}" for path in (PACKAGE / "sweep").glob("*.py")}
+TOP |= {f"{name}/{path.stem}" for name in ("sweep", "preflight") for path in (PACKAGE / name).glob("*.py")}
 # The rest of scaling, which fits laws to tables, runs on numpy and scipy and sees only itself and the errors.
 WITH_JAX = {"scaling/counting"}
 FOREIGN = {"experiments", "tools", "tests"}

@@ -81,13 +81,13 @@ def run_jaxlm(shape: Shape, steps: int, backend: str) -> dict:
 
     import jax
 
+    from jaxlm.chips import peak_flops
     from jaxlm.model import transformer
     from jaxlm.model.attention import AttentionConfig
     from jaxlm.model.moe import MoEConfig
     from jaxlm.objectives.lm import LossConfig, make_lm_objective
     from jaxlm.optim import OptimConfig, make_optimizer, make_schedule
     from jaxlm.scaling.counting import count
-    from jaxlm.train.metrics import peak_flops
     from jaxlm.train.state import create_state
     from jaxlm.train.step import make_step
 

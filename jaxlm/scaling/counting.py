@@ -328,7 +328,7 @@ def memory(
         logit_tokens: tokens whose logits a device holds at once (the loss's chunk); 0 = all of a microbatch.
         axes: the model's table of logical axes.
     """
-    params = abstract_params(cfg)
+    params = _abstract_params(dataclasses.replace(cfg, remat="none"))
     split = _sizes(params, None if layout is None else tree_shardings(layout, params, axes))
     elements = sum(count for count, _ in split)
     held = sum(count * itemsize for count, itemsize in split)
@@ -352,6 +352,11 @@ def memory(
         logits=logits,
         kv_cache=nbytes(cache) // shards["kv_heads"],
     )
+
+
+@functools.lru_cache(maxsize=64)  # a search asks for the same model on many meshes
+def _abstract_params(cfg: TransformerConfig) -> Any:
+    return abstract_params(cfg)
 
 
 def _sizes(tree: Any, shardings: Any) -> list[tuple[int, int]]:

@@ -19,65 +19,15 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from jaxlm.chips import Chip
 from jaxlm.config import RunConfig, canonical_json, to_dict
 from jaxlm.data.packing import Batch, empty_batch, finish_batch
-from jaxlm.errors import UserError, check, nearest
+from jaxlm.errors import UserError, check
 from jaxlm.scaling.counting import Memory, count
 from jaxlm.sharding import make_layout, use
 from jaxlm.train.feed import place_batch
-from jaxlm.train.metrics import peak_flops
 from jaxlm.train.programs import numbers_of, programs
 from jaxlm.train.rundir import write_json
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """One chip of an accelerator; the peak FLOP/s of its devices stand in `train.metrics.PEAKS`."""
-
-    kind: str  # JAX device kind
-    devices: int  # JAX devices of a chip
-    memory: float  # bytes of HBM of a chip
-    bandwidth: float  # bytes/s of it
-    mfu: float = 0.4  # share of the peak that training is assumed to reach; large dense models do
-
-    @property
-    def peak(self) -> float:
-        """Dense bf16 FLOP/s of the chip."""
-        peak = peak_flops(self.kind)
-        assert peak is not None, f"train.metrics.PEAKS does not know {self.kind!r}"
-        return peak * self.devices
-
-
-# Memory and bandwidth from the vendors' data sheets.
-CHIPS: dict[str, Chip] = {
-    "v2": Chip("TPU v2", 2, 16e9, 0.70e12),
-    "v3": Chip("TPU v3", 2, 32e9, 0.90e12),
-    "v4": Chip("TPU v4", 1, 32e9, 1.20e12),
-    "v5e": Chip("TPU v5 lite", 1, 16e9, 0.819e12),
-    "v5p": Chip("TPU v5", 1, 95e9, 2.765e12),
-    "v6e": Chip("TPU v6 lite", 1, 32e9, 1.64e12),
-    "v7x": Chip("TPU7x", 2, 192e9, 7.38e12),
-    "v100": Chip("Tesla V100", 1, 16e9, 0.90e12, mfu=0.3),
-    "a100-40": Chip("NVIDIA A100", 1, 40e9, 1.555e12),
-    "a100-80": Chip("NVIDIA A100", 1, 80e9, 2.039e12),
-    "l4": Chip("NVIDIA L4", 1, 24e9, 0.30e12, mfu=0.3),
-    "h100": Chip("NVIDIA H100", 1, 80e9, 3.35e12),
-    "h200": Chip("NVIDIA H200", 1, 141e9, 4.8e12),
-    "b200": Chip("NVIDIA B200", 1, 180e9, 8.0e12),
-    "mi300x": Chip("AMD Instinct MI300X", 1, 192e9, 5.3e12, mfu=0.3),
-    "4090": Chip("NVIDIA GeForce RTX 4090", 1, 24e9, 1.008e12, mfu=0.3),
-}
-
-
-def find_chip(name: str) -> Chip:
-    """The chip of that name.
-
-    Raises:
-        UserError: there is none; the message lists them.
-    """
-    if name not in CHIPS:
-        raise UserError(f"--chip={name} is not one of {', '.join(CHIPS)}{nearest(name, CHIPS)}")
-    return CHIPS[name]
 
 
 def chip_seconds(chip: Chip, devices: int, mfu: float, *, flops: float, steps: int, memory: Memory) -> float:

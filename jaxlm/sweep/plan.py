@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxlm.chips import Chip
 from jaxlm.config import RunConfig, build, canonical_json, diff, identity, to_dict
 from jaxlm.data.loader import DataConfig, Dataset, Loader, make_dataset
 from jaxlm.data.shards import INDEX
@@ -86,7 +87,7 @@ class Plan:
 class Hardware:
     """What a plan is priced for."""
 
-    chip: chips.Chip | None = None  # None = this machine
+    chip: Chip | None = None  # None = this machine
     count: int = 1  # chips that train one run
     mfu: float = 0.0  # share of the chip's peak; 0 = its assumed one
     gflops: float = 0.0  # sustained GFLOP/s of a run, in place of chip and measurement

@@ -7,6 +7,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from jaxlm.chips import find_chip
 from jaxlm.config import build
 from jaxlm.sweep import chips
 from jaxlm.sweep.plan import FILE, Hardware, Plan, SweepConfig, make_plan, save_plan
@@ -117,7 +118,7 @@ def plan_command(
         The exit code.
     """
     chips.check_rate(gflops, mfu, price, num_chips)
-    found = chips.find_chip(chip) if chip else None
+    found = find_chip(chip) if chip else None
     hardware = Hardware(found, num_chips, mfu, gflops, price, measure)
     plan = make_plan(build(config, SweepConfig), workdir, name, hardware=hardware, dry_run=dry_run)
     # Saved first: a refusal stands alone, not below a page of numbers.

@@ -27,6 +27,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxlm.chips import peak_flops
 from jaxlm.config import RunConfig, config_hash, diff, identity, to_dict
 from jaxlm.data.loader import Dataset, Loader, eval_batches, make_dataset, prefetch
 from jaxlm.data.tokenizer import check_vocabulary, load_tokenizer
@@ -40,7 +41,7 @@ from jaxlm.train import run as alone
 from jaxlm.train.checkpoint import Checkpointer
 from jaxlm.train.compilation import counted_compilations
 from jaxlm.train.loop import Every, NonFiniteError, StopSignals, train_loop
-from jaxlm.train.metrics import Clock, Console, JsonlWriter, Reporter, StepReport, peak_flops, read_rows
+from jaxlm.train.metrics import Clock, Console, JsonlWriter, Reporter, StepReport, read_rows
 from jaxlm.train.metrics import value as value_of
 from jaxlm.train.programs import learning_rates
 from jaxlm.train.run import Result
@@ -192,7 +193,7 @@ def train_group(
         # ------------------------------------------------------------------------------------------ programs
         layout = make_layout(cfg.mesh)
         run.enter_context(use(layout))
-        alone._check_shapes(cfg, layout)
+        alone.check_shapes(cfg, layout)
         whole = NamedSharding(layout.mesh, PartitionSpec())
         tokenizer = load_tokenizer(cfg.data.tokenizer)
         check_vocabulary(tokenizer, cfg.model.vocab_size)

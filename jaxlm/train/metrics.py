@@ -19,60 +19,6 @@ from jaxlm.errors import UserError
 
 Pair = tuple[Any, Any]
 
-# Dense bf16 FLOP/s of one JAX device, from the vendors' data sheets; the first name that the device kind
-# starts with counts. A TPU v2, v3 and 7x chip is two JAX devices. V100 and T4 have no bf16: fp16.
-PEAKS: tuple[tuple[str, float], ...] = (
-    ("TPU v2", 23e12),
-    ("TPU v3", 61.5e12),
-    ("TPU v4 lite", 138e12),
-    ("TPU v4", 275e12),
-    ("TPU v5 lite", 197e12),
-    ("TPU v5e", 197e12),
-    ("TPU v5", 459e12),
-    ("TPU v6", 918e12),
-    ("TPU7x", 1153.5e12),
-    ("TPU v7x", 1153.5e12),
-    ("NVIDIA GB300", 2500e12),
-    ("NVIDIA B300", 2250e12),
-    ("NVIDIA GB200", 2500e12),
-    ("NVIDIA B200", 2250e12),
-    ("NVIDIA H200 NVL", 835e12),
-    ("NVIDIA H200", 989.4e12),
-    ("NVIDIA GH200", 989.4e12),
-    ("NVIDIA H100 PCIe", 756e12),
-    ("NVIDIA H100 NVL", 835e12),
-    ("NVIDIA H100", 989.4e12),
-    ("NVIDIA H800", 989.4e12),
-    ("NVIDIA A100", 312e12),
-    ("NVIDIA A800", 312e12),
-    ("NVIDIA A40", 149.7e12),
-    ("NVIDIA A10G", 70e12),
-    ("NVIDIA A10", 125e12),
-    ("NVIDIA L40S", 362e12),
-    ("NVIDIA L40", 181e12),
-    ("NVIDIA L4", 121e12),
-    ("NVIDIA RTX 6000 Ada", 364e12),
-    ("NVIDIA GeForce RTX 4090", 165.2e12),
-    ("NVIDIA GeForce RTX 3090", 71e12),
-    ("Tesla V100", 125e12),
-    ("Tesla T4", 65e12),
-    ("AMD Instinct MI300X", 1307e12),
-    ("AMD Instinct MI325X", 1307e12),
-    ("AMD Instinct MI250", 191.5e12),
-)
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Dense bf16 FLOP/s of one JAX device of this kind; None if the table does not know it (and on a CPU).
-
-    >>> peak_flops("TPU v5 lite") / 1e12, peak_flops("NVIDIA H100 80GB HBM3") / 1e12, peak_flops("cpu")
-    (197.0, 989.4, None)
-    """
-    for name, peak in PEAKS:
-        if device_kind.lower().startswith(name.lower()):
-            return peak
-    return None
-
 
 def value(pair: Pair) -> float:
     """sum / weight of a pair, on the host; nan when nothing was weighed.

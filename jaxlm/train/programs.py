@@ -7,7 +7,7 @@ program for all of them, and within a process not even its tracing is done again
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from jaxlm.model import transformer
 from jaxlm.model.parametrization import optimizer_options
 from jaxlm.objectives.lm import LossConfig, make_lm_objective
 from jaxlm.optim import OptimConfig, make_optimizer, make_schedule
-from jaxlm.sharding import MeshConfig, make_layout
+from jaxlm.sharding import Layout, MeshConfig, make_layout
 from jaxlm.train.state import Params, TrainState, abstract_state, state_program
 from jaxlm.train.step import Batch, Objective, make_step
 
@@ -117,7 +117,7 @@ def programs(
 
 @functools.lru_cache(maxsize=4)
 def _programs(
-    model_cfg: transformer.TransformerConfig,
+    model: transformer.TransformerConfig,
     loss: LossConfig,
     optim: OptimConfig,
     mesh: MeshConfig,
@@ -125,6 +125,21 @@ def _programs(
     token_bytes: tuple[float, ...] | None,
 ) -> Programs:
     layout = make_layout(mesh)
+    shared = dict(microbatches=microbatches, token_bytes=token_bytes)
+    return programs_on(layout, model, loss, optim, dict(mesh.compiler_options), **shared)
+
+
+def programs_on(
+    layout: Layout,
+    model_cfg: transformer.TransformerConfig,
+    loss: LossConfig,
+    optim: OptimConfig,
+    compiler_options: Mapping[str, str],
+    *,
+    microbatches: int,
+    token_bytes: Sequence[float] | None,
+) -> Programs:
+    """`programs` on a mesh that is made already, of devices that need not be there: nothing runs here."""
     model, init = Model(model_cfg), partial(transformer.init, model_cfg)
     token_bytes_V = None if token_bytes is None else np.asarray(token_bytes, np.float32)
     objective = make_lm_objective(model, loss, token_bytes_V)
@@ -134,7 +149,7 @@ def _programs(
     target, _ = abstract_state(init, optimizer, **where)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
 
-    options = dict(mesh.compiler_options) or None
+    options = compiler_options or None
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
     def step(state: TrainState, frozen: None, fed: tuple[Batch, Numbers]) -> tuple[TrainState, dict]:

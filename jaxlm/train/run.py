@@ -13,6 +13,7 @@ runs/compilation_cache/    compiled programs, likewise
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import resource
@@ -26,6 +27,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
+from jaxlm.chips import peak_flops
 from jaxlm.config import RunConfig, config_hash, diff, identity, to_dict
 from jaxlm.data.loader import Loader, eval_batches, make_dataset, prefetch
 from jaxlm.data.tokenizer import check_vocabulary, load_tokenizer
@@ -35,9 +37,9 @@ from jaxlm.evaluate import evaluate
 from jaxlm.generate.decode import Generator, decoder
 from jaxlm.model import transformer
 from jaxlm.model.context_parallel import CONTEXTS, check_columns
-from jaxlm.optim import ema_params, make_schedule
+from jaxlm.optim import OptimConfig, ema_params, make_schedule
 from jaxlm.scaling import counting
-from jaxlm.sharding import MESH_AXES, Layout, LeafLayout, describe, make_layout, use
+from jaxlm.sharding import MESH_AXES, Layout, LeafLayout, MeshConfig, describe, make_layout, use
 from jaxlm.train.branch import Branch, find_branch, restore_branch
 from jaxlm.train.checkpoint import Checkpointer, step_dirs
 from jaxlm.train.compilation import counted_compilations
@@ -50,13 +52,12 @@ from jaxlm.train.metrics import (
     Reporter,
     TensorBoardWriter,
     format_seconds,
-    peak_flops,
     read_rows,
 )
 from jaxlm.train.noise_scale import NoiseScale, choose_parts, make_part_squares
 from jaxlm.train.periodic import Profile, Samples
 from jaxlm.train.plot import plot_loss
-from jaxlm.train.programs import learning_rates, numbers_of, optimizer_of, programs
+from jaxlm.train.programs import learning_rates, numbers_of, optimizer_of, programs, shape_of
 from jaxlm.train.rundir import RunLock, open_run_dir, probe_writable, write_json
 from jaxlm.train.state import TrainState, abstract_state, replace_params
 from jaxlm.train.warmstart import load_params
@@ -157,7 +158,7 @@ def train(
         # ---------------------------------------------------------------------------------------------- mesh
         layout = make_layout(cfg.mesh)
         run.enter_context(use(layout))
-        _check_shapes(cfg, layout)
+        check_shapes(cfg, layout)
         rows = own_rows(layout, cfg.data.batch_size)
         place = partial(place_batch, layout, batch_size=cfg.data.batch_size, rows=rows)
 
@@ -343,9 +344,6 @@ def train(
     return summary
 
 
-# ----------------------------------------------------------------------------------------------- parts of it
-
-
 def _peak_rss() -> int:
     """Largest resident memory of this process so far; Linux counts in KiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -356,11 +354,11 @@ def _finite(x: float) -> float | None:
     return x if math.isfinite(x) else None
 
 
-def _check_shapes(cfg: RunConfig, layout: Layout) -> None:
+def check_shapes(cfg: RunConfig, layout: Layout) -> None:
     """What no room can see alone: does the batch fit the mesh, and a row the model."""
     B, M, multiple = cfg.data.batch_size, cfg.train.microbatches, layout.row_multiple
     if B % (M * multiple):
-        step, parts = M * multiple, layout.pipeline_parts
+        parts, step = layout.pipeline_parts, M * multiple
         pipe = f"{parts} microbatches in the pipeline x " if layout.stages > 1 else ""
         raise UserError(
             f"data.batch_size={B} is not divisible by train.microbatches={M} x {pipe}{multiple // parts} "
@@ -447,6 +445,22 @@ class Plan:
     tokens: int  # of the whole run
 
 
+def _planned_layout(mesh: MeshConfig, num_devices: int) -> Layout:
+    """A mesh of devices that need not be there."""
+    sizes, types = mesh.shape(num_devices), (AxisType.Auto,) * len(MESH_AXES)
+    return make_layout(mesh, AbstractMesh(sizes, MESH_AXES, axis_types=types))
+
+
+@functools.lru_cache(maxsize=64)  # a search plans runs that differ in batch and remat alone
+def _planned_state(
+    model: transformer.TransformerConfig, optim: OptimConfig, mesh: MeshConfig, num_devices: int
+) -> TrainState:
+    """Shapes and shardings of a run's state; tracing it takes most of a plan's time."""
+    init, optimizer = partial(transformer.init, model), optimizer_of(model, optim, lambda count: 0.0)
+    where = dict(layout=_planned_layout(mesh, num_devices), table=transformer.AXES)
+    return abstract_state(init, optimizer, **where)[0]
+
+
 def plan(cfg: RunConfig, *, num_devices: int | None = None) -> Plan:
     """Parameters, FLOPs, memory per device and layout of a run, on this machine or a larger one.
 
@@ -457,15 +471,13 @@ def plan(cfg: RunConfig, *, num_devices: int | None = None) -> Plan:
     Raises:
         UserError: shapes that do not fit together or that the mesh does not divide.
     """
-    sizes = cfg.mesh.shape(num_devices or jax.device_count())
-    mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
-    layout = make_layout(cfg.mesh, mesh)
-    _check_shapes(cfg, layout)
+    num_devices = num_devices or jax.device_count()
+    layout = _planned_layout(cfg.mesh, num_devices)
+    check_shapes(cfg, layout)
     tokens = cfg.data.batch_size * cfg.data.seq_len
-    schedule = make_schedule(cfg.optim, cfg.train.num_steps, tokens)
-    optimizer = optimizer_of(cfg.model, cfg.optim, schedule)
-    init = partial(transformer.init, cfg.model)
-    state, _ = abstract_state(init, optimizer, layout=layout, table=transformer.AXES)
+    make_schedule(cfg.optim, cfg.train.num_steps, tokens)  # refuses one that does not fit in the run
+    model = dataclasses.replace(cfg.model, remat="none")
+    state = _planned_state(model, shape_of(cfg.optim), cfg.mesh, num_devices)
     rows = cfg.data.batch_size // (cfg.train.microbatches * layout.shards("batch"))
     memory = counting.memory(
         cfg.model,

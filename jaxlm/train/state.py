@@ -67,6 +67,11 @@ def _seed_key(seed: int) -> jax.Array:
     return jax.random.key(seed, impl="threefry2x32")
 
 
+def _abstract_key() -> jax.ShapeDtypeStruct:
+    """The type of a key: made without running anything, so also for devices that are not there."""
+    return jax.eval_shape(lambda: _seed_key(0))
+
+
 def follow_params(tree: Any, params: Params, shardings: Any, mesh: Any) -> Any:
     """Shardings for `tree`, each leaf laid out like the parameter whose name ends its own name.
 
@@ -135,7 +140,7 @@ def abstract_state(
 
     It is the target of a restore and the argument of an ahead-of-time `step.lower`.
     """
-    abstract = jax.eval_shape(_builder(init, optimizer, trainable), _seed_key(0))
+    abstract = jax.eval_shape(_builder(init, optimizer, trainable), _abstract_key())
     shardings = _shardings(layout, table, abstract)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
 
@@ -178,7 +183,7 @@ def state_program(
 ) -> Callable[[int], tuple[TrainState, Params | None]]:
     """`create_state` as a function of the seed alone, traced and compiled once for all seeds."""
     build = _builder(init, optimizer, trainable)
-    shardings = _shardings(layout, table, jax.eval_shape(build, _seed_key(0)))
+    shardings = _shardings(layout, table, jax.eval_shape(build, _abstract_key()))
     program = jax.jit(build, out_shardings=shardings)
     return lambda seed: program(_seed_key(seed))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxlm.chips import CHIPS, find_chip, peak_flops
 from jaxlm.config import build, config_hash, default_config, load_experiment
 from jaxlm.errors import UserError
 from jaxlm.scaling import record
@@ -17,7 +18,6 @@ from jaxlm.sweep import chips, plan
 from jaxlm.sweep.collect import collect
 from jaxlm.sweep.plan import Hardware, SweepConfig, all_cells, load_plans, make_plan, run_dir, save_plan
 from jaxlm.sweep.preview import plan_command, plan_totals
-from jaxlm.train.metrics import peak_flops
 from jaxlm.train.run import plan as plan_run
 from jaxlm.train.run import train
 
@@ -131,16 +131,16 @@ def test_what_train_would_refuse_is_refused_here(text, tmp_path):
 
 
 def test_every_chip_has_a_peak():
-    for name, chip in chips.CHIPS.items():
+    for name, chip in CHIPS.items():
         assert peak_flops(chip.kind), name
         assert chip.peak == peak_flops(chip.kind) * chip.devices
         assert 0 < chip.mfu <= 0.5
     with pytest.raises(UserError, match="did you mean 'v5p'"):
-        chips.find_chip("v5pp")
+        find_chip("v5pp")
 
 
 def test_the_time_on_a_chip_is_the_longer_of_compute_and_traffic(text, tmp_path):
-    found = made(text, tmp_path, hardware=Hardware(chips.CHIPS["v5p"]))
+    found = made(text, tmp_path, hardware=Hardware(CHIPS["v5p"]))
     for cell in found.cells:
         memory = plan_run(cell.config, num_devices=1).memory
         compute = cell.flops / (459e12 * 0.4)
@@ -148,12 +148,10 @@ def test_the_time_on_a_chip_is_the_longer_of_compute_and_traffic(text, tmp_path)
         assert cell.seconds == pytest.approx(max(compute, traffic))
         assert traffic > compute  # such small models wait for memory
     fields = dict(flops=1e18, steps=10, memory=plan_run(found.cells[0].config, num_devices=1).memory)
-    assert chips.chip_seconds(chips.CHIPS["v5p"], 4, 0.5, **fields) == pytest.approx(
-        1e18 / (4 * 459e12 * 0.5)
-    )
+    assert chips.chip_seconds(CHIPS["v5p"], 4, 0.5, **fields) == pytest.approx(1e18 / (4 * 459e12 * 0.5))
     # A v3 chip is two devices: one of them has half of it.
-    assert chips.chip_seconds(chips.CHIPS["v3"], 1, 0.5, **fields) == pytest.approx(1e18 / (61.5e12 * 0.5))
-    idle = made(text, tmp_path, hardware=Hardware(chips.CHIPS["v5p"], count=4))
+    assert chips.chip_seconds(CHIPS["v3"], 1, 0.5, **fields) == pytest.approx(1e18 / (61.5e12 * 0.5))
+    idle = made(text, tmp_path, hardware=Hardware(CHIPS["v5p"], count=4))
     assert all("takes 1 of 4 devices" in " ".join(cell.warnings) for cell in idle.cells)
 
 

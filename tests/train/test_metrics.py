@@ -6,9 +6,9 @@ import time
 import numpy as np
 import pytest
 
+from jaxlm.chips import PEAKS, peak_flops
 from jaxlm.errors import UserError
 from jaxlm.train.metrics import (
-    PEAKS,
     Clock,
     Console,
     JsonlWriter,
@@ -16,7 +16,6 @@ from jaxlm.train.metrics import (
     StepReport,
     TensorBoardWriter,
     add_pairs,
-    peak_flops,
     read_rows,
     value,
     values,

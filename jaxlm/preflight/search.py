@@ -1,0 +1,127 @@
+"""`jaxlm preflight --search`: try layouts by the analytic model, compile the best few, rank those.
+
+Tried are meshes x remat x microbatches, all else as in the config: none of them changes what is computed.
+The estimate prunes what does not divide or fit and orders the rest; of the compiled ones those that fit are
+ranked by their time with nearly full overlap, see `Candidate.score`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+from rich.table import Table
+
+from jaxlm.config import RunConfig
+from jaxlm.errors import check
+from jaxlm.preflight.compiled import Facts
+from jaxlm.preflight.planner import Estimate, describe_mesh, meshes, ranked
+from jaxlm.preflight.report import GiB, Report, make_report, sums
+from jaxlm.preflight.topology import Topology
+from jaxlm.sharding import MESH_AXES
+
+REMATS = ("none", "minimal", "full")
+MICROBATCHES = (1, 2, 4, 8, 16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One layout: what was estimated, and what the compiler said if it was asked."""
+
+    cfg: RunConfig
+    estimate: Estimate
+    report: Report | None = None
+
+    @property
+    def score(self) -> float:
+        """Seconds to rank by: of what the compiler says, the bound and a fifth of what might not overlap."""
+        if self.report is None or self.report.time is None:
+            return self.estimate.seconds
+        time = self.report.time
+        return time.bound + 0.2 * (time.serial - time.bound)
+
+    @property
+    def overrides(self) -> dict[str, int | str]:
+        """Config fields that make the layout."""
+        mesh = {f"mesh.{name}": getattr(self.cfg.mesh, name) for name in MESH_AXES}
+        return {
+            **mesh,
+            "model.remat": self.cfg.model.remat,
+            "train.microbatches": self.cfg.train.microbatches,
+        }
+
+
+def variants(cfg: RunConfig, topology: Topology) -> Iterator[RunConfig]:
+    """All layouts that are tried; those with fewer microbatches and less remat first."""
+    for microbatches in MICROBATCHES:
+        train = dataclasses.replace(cfg.train, microbatches=microbatches)
+        for remat in REMATS:
+            model = dataclasses.replace(cfg.model, remat=remat)
+            for mesh in meshes(cfg, topology.num_devices, topology.slices):
+                yield dataclasses.replace(cfg, model=model, train=train, mesh=mesh)
+
+
+def search(
+    cfg: RunConfig,
+    topology: Topology,
+    compile_one: Callable[[RunConfig], Facts],
+    *,
+    max_compiles: int,
+    price: float = 0.0,
+) -> tuple[list[Candidate], list[Candidate]]:
+    """`(compiled, only estimated)` layouts, each best first; of the compiled ones those that fit come first.
+
+    Compiles in the order of the estimates until `max_compiles` of them are done.
+
+    Raises:
+        UserError: nothing divides and fits by the estimate, or the hardware has no numbers.
+    """
+    check(topology.chip is not None, f"--search needs a chip's numbers, --topology={topology} has none")
+    found = ranked(variants(cfg, topology), topology.chip, topology.num_devices, topology.slices)
+    check(
+        bool(found),
+        f"no layout on {topology} divides the model and the batch of {cfg.data.batch_size} rows and fits "
+        f"by the estimate: take more chips",
+    )
+    estimated = [Candidate(*item) for item in found]
+    compiled = []
+    for each in estimated[:max_compiles]:
+        report = make_report(each.cfg, topology, compile_one(each.cfg), price)
+        compiled.append(dataclasses.replace(each, report=report))
+    compiled.sort(key=lambda each: (not each.report.fits, each.score))
+    return compiled, estimated[max_compiles:]
+
+
+def ranking_table(compiled: Sequence[Candidate], estimated: Sequence[Candidate], rows: int = 10) -> Table:
+    """The ranking: compiled layouts, then the best of those that were only estimated."""
+    table = Table(
+        title="layouts, best first; numbers of the compiler, in brackets estimates", title_justify="left"
+    )
+    for name in ("mesh", "remat", "microbatches"):
+        table.add_column(name)
+    for name in ("GiB", "GB sent", "seconds", "MFU at most", ""):
+        table.add_column(name, justify="right")
+    for each in [*compiled, *estimated[: max(0, rows - len(compiled))]]:
+        head = (describe_mesh(each.cfg.mesh), each.cfg.model.remat, str(each.cfg.train.microbatches))
+        guess = each.estimate
+        memory, sent = f"({guess.memory.total / GiB:.2f})", f"({sum(guess.traffic.values()) / 1e9:.1f})"
+        seconds, mfu, verdict = f"({each.score:.4g})", "", ""
+        if (report := each.report) is not None:
+            shortage = report.facts.shortage
+            verdict = "fits" if shortage is None else "does not fit"
+            if report.facts.memory is not None:
+                memory = f"{report.facts.memory.allocated / GiB:.2f} {memory}"
+            if report.time is not None:
+                total = sums(report.facts.collectives).get("all", {"ici": 0.0, "dcn": 0.0})
+                sent = f"{(total['ici'] + total['dcn']) / 1e9:.1f} {sent}"
+                seconds = f"{each.score:.4g} ({guess.seconds:.4g})"
+                mfu = f"{report.time.mfu:.1%}"
+        table.add_row(*head, memory, sent, seconds, mfu, verdict)
+    return table
+
+
+def flags(overrides: dict[str, int | str]) -> str:
+    """The overrides as flags of the command line.
+
+    >>> flags({"mesh.fsdp": 64, "model.remat": "full"})
+    '--config.mesh.fsdp=64 --config.model.remat=full'
+    """
+    return " ".join(f"--config.{name}={value}" for name, value in overrides.items())

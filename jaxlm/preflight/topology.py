@@ -1,0 +1,212 @@
+"""Hardware that need not be there: its devices, where they stand, and a mesh of them.
+
+libtpu compiles for any TPU topology without a TPU. It is an extra, loaded here and nowhere else, and told
+first not to look for a metadata server and not to lock itself (two preflights may run at once).
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import importlib.util
+import math
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh
+from jaxtyping import Int
+
+from jaxlm.chips import CHIPS, Chip
+from jaxlm.config import RunConfig
+from jaxlm.errors import UserError, check, nearest
+from jaxlm.sharding import MeshConfig, make_mesh
+
+TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
+_ALIASES = {"v7x": "tpu7x"}
+_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """What a preflight compiles for."""
+
+    name: str  # as the user wrote it, 'v5p:8x8x8'
+    platform: str  # tpu | cpu
+    chip: Chip | None  # None on a CPU
+    shape: tuple[int, ...]  # chips of a slice in each dimension
+    slices: int
+
+    @property
+    def num_chips(self) -> int:
+        """Over all slices."""
+        return math.prod(self.shape) * self.slices
+
+    @property
+    def num_devices(self) -> int:
+        """JAX devices over all slices."""
+        return self.num_chips * (self.chip.devices if self.chip else 1)
+
+    def __str__(self) -> str:
+        return self.name if self.slices == 1 else f"{self.slices} x {self.name}"
+
+
+def parse_topology(text: str, slices: int = 1) -> Topology:
+    """`v5p:8x8x8`, `v6e:16x16`, `tpu7x:4x4x4`, or `cpu:8` for emulated devices.
+
+    >>> parse_topology("v5e:16x16", slices=2).num_devices
+    512
+
+    Raises:
+        UserError: a name or a shape that is not one.
+    """
+    kind, _, dims = text.partition(":")
+    kind = _ALIASES.get(kind, kind)
+    names = (*TPUS, "cpu")
+    check(
+        kind in names, f"--topology={text}: {kind!r} is not one of {', '.join(names)}{nearest(kind, names)}"
+    )
+    check(slices >= 1, f"--slices={slices} must be at least 1")
+    chip = None if kind == "cpu" else CHIPS[{"tpu7x": "v7x"}.get(kind, kind)]
+    rank = chip.network.dims if chip else 1
+    example = {1: "cpu:8", 2: f"{kind}:8x8", 3: f"{kind}:4x4x4"}[rank]
+    check(
+        re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", dims) is not None and dims.count("x") + 1 == rank,
+        f"--topology={text}: {kind} is wired in {rank} dimension{'s' * (rank > 1)}, write it like {example}",
+    )
+    shape = tuple(int(n) for n in dims.split("x"))
+    if chip is None:
+        check(shape[0] % slices == 0, f"--slices={slices} does not divide the devices of --topology={text}")
+        return Topology(text, "cpu", None, (shape[0] // slices,), slices)
+    return Topology(f"{kind}:{dims}", "tpu", chip, shape, slices)
+
+
+def versions(topology: Topology) -> dict[str, str]:
+    """Versions of what compiles."""
+    out = {"jax": jax.__version__}
+    if topology.platform == "tpu":
+        _need_libtpu(topology)
+        out["libtpu"] = importlib.metadata.version("libtpu")
+    return out
+
+
+def _need_libtpu(topology: Topology) -> None:
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            f"--topology={topology.name} needs the TPU compiler, which runs without a TPU: "
+            "pip install 'jaxlm[preflight]'"
+        )
+
+
+def devices(topology: Topology) -> list[Any]:
+    """The JAX devices of a topology, slice by slice.
+
+    Raises:
+        UserError: no libtpu, a shape that the compiler does not know, too few emulated devices.
+    """
+    if topology.platform == "cpu":
+        if jax.config.jax_num_cpu_devices < topology.num_devices:
+            with contextlib.suppress(RuntimeError):  # the backend runs already, with devices of its own
+                jax.config.update("jax_num_cpu_devices", topology.num_devices)
+        found = jax.devices("cpu")
+        check(
+            len(found) >= topology.num_devices,
+            f"--topology={topology.name}: this process has {len(found)} CPU devices already",
+        )
+        return list(found[: topology.num_devices])
+    _need_libtpu(topology)
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    options = {"chip_config_name": "megacore"} if topology.name.startswith("v4") else {}
+    if topology.slices > 1:
+        options["num_slices"] = topology.slices
+    try:
+        with captured_stderr():
+            made = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options)
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(
+            f"--topology={topology}: the compiler refuses it ({str(error).splitlines()[0]})"
+        ) from None
+    return list(made.devices)
+
+
+@dataclasses.dataclass
+class Log:
+    """What a block of code wrote to the process's stderr."""
+
+    text: str = ""
+
+
+@contextlib.contextmanager
+def captured_stderr() -> Iterator[Log]:
+    """Keep what compilers write to the process's stderr: libtpu's noise, and XLA's warnings, to be read."""
+    log = Log()
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as file:
+        kept = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield log
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            file.seek(0)
+            log.text = file.read().decode(errors="replace")
+
+
+def on_slices(cfg: RunConfig, topology: Topology) -> RunConfig:
+    """The run with the mesh that spans the topology's slices."""
+    return dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, slices=topology.slices))
+
+
+def make_topology_mesh(cfg: MeshConfig, topology: Topology, found: Sequence[Any]) -> Mesh:
+    """The mesh that training makes on that hardware: neighbours in it are neighbours on the torus.
+
+    Raises:
+        UserError: the mesh does not use all devices, or not so many slices.
+    """
+    used, n = math.prod(cfg.shape(len(found))), len(found)
+    check(used == n, f"mesh of {used} devices on --topology={topology} of {n}: set one axis to -1")
+    return make_mesh(cfg, found)
+
+
+def positions(
+    topology: Topology, mesh: Mesh
+) -> tuple[Int[np.ndarray, " devices"], Int[np.ndarray, "devices dims"]]:
+    """`(slice, coordinates)` of every place of the flattened mesh."""
+    flat = list(mesh.devices.flat)
+    if topology.platform == "cpu":
+        order = {device: i for i, device in enumerate(sorted(flat, key=lambda d: d.id))}
+        place = np.asarray([order[device] for device in flat])
+        return place // topology.shape[0], (place % topology.shape[0])[:, None]
+    slices = np.asarray([getattr(device, "slice_index", None) or 0 for device in flat])
+    return slices, np.asarray([device.coords[: len(topology.shape)] for device in flat])
+
+
+def outgoing_links(
+    topology: Topology, coordinates: Int[np.ndarray, "devices dims"], members: Int[np.ndarray, " members"]
+) -> int:
+    """Links over which a chip sends to these places: 2 for each dimension that is a ring, 1 for a line.
+
+    An upper bound: it takes all dimensions in which members differ for usable at once.
+    """
+    if topology.chip is None or topology.chip.network.dims == 1:
+        return 1
+    wrap, links = topology.chip.network.wrap, 0
+    for dim, length in enumerate(topology.shape):
+        extent = len(set(coordinates[members, dim].tolist()))
+        if extent > 1:
+            links += 2 if extent == length and length % wrap == 0 else 1
+    return max(links, 1)  # members may share a chip

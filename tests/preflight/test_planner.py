@@ -1,0 +1,161 @@
+"""The analytic model: closed forms, the choice of a mesh, and the search around the compiler."""
+
+import dataclasses
+import json
+import types
+
+import pytest
+
+from jaxlm.chips import CHIPS
+from jaxlm.cli import main
+from jaxlm.config import build, load_experiment
+from jaxlm.errors import UserError
+from jaxlm.preflight import command
+from jaxlm.preflight.compiled import DeviceMemory, Facts, Row, Shortage
+from jaxlm.preflight.planner import axis_traffic, choose_mesh, estimate, meshes, ranked
+from jaxlm.preflight.search import search, variants
+from jaxlm.preflight.topology import parse_topology
+from jaxlm.sharding import MeshConfig
+
+V5P = CHIPS["v5p"]
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return build(load_experiment("experiments/llama_8b.py"))
+
+
+def on(cfg, mesh, **train):
+    return dataclasses.replace(cfg, mesh=MeshConfig(**mesh), train=dataclasses.replace(cfg.train, **train))
+
+
+def test_traffic_of_fsdp_is_two_gathers_and_a_scatter(llama):
+    made = estimate(on(llama, dict(data=1, fsdp=64)), V5P, 64)
+    parameters = 8_030_261_248
+    assert made.traffic["fsdp"] == pytest.approx(
+        63 / 64 * parameters * (2 + 2 + 4), rel=5e-3
+    )  # norms are whole
+    assert {axis for axis, sent in made.traffic.items() if sent} == {"fsdp"}
+    twice = estimate(on(llama, dict(data=1, fsdp=32, tensor=2), microbatches=2), V5P, 64).traffic
+    assert twice["fsdp"] == pytest.approx(2 * 31 / 32 * parameters / 2 * 8, rel=5e-3)
+
+
+def test_traffic_of_the_other_axes(llama):
+    mesh = dict(pipe=2, data=2, fsdp=2, expert=1, sequence=2, tensor=4)
+    sent = axis_traffic(llama, mesh, params=1000)
+    x = 64 / 4 * 8192 / 2 * 4096 * 2
+    assert sent["data"] == 2 * 0.5 * 250 * 4
+    assert sent["tensor"] == 2 * 0.75 * 6 * 16 * x
+    assert sent["sequence"] == 6 * 16 * x * (8 / 32) / 4
+    assert sent["pipe"] == 2 * x
+    assert sent["expert"] == 0
+
+
+def test_slices_send_over_the_network_between_them(llama):
+    mesh = dict(data=2, fsdp=64)
+    cfg = dataclasses.replace(llama, data=dataclasses.replace(llama.data, batch_size=128))
+    one, two = (estimate(on(cfg, mesh), V5P, 128, slices) for slices in (1, 2))
+    assert one.dcn == 0
+    assert two.dcn == pytest.approx(two.traffic["data"] / V5P.network.beyond)
+
+
+def test_the_chosen_mesh_fits_and_is_the_fastest(llama):
+    mesh = choose_mesh(llama, V5P, 64)
+    assert (mesh.data, mesh.fsdp, mesh.tensor) == (1, 64, 1)
+    chosen = estimate(dataclasses.replace(llama, mesh=mesh), V5P, 64)
+    tried = ranked((dataclasses.replace(llama, mesh=m) for m in meshes(llama, 64)), V5P, 64)
+    assert chosen.fits
+    assert chosen.seconds == min(made.seconds for _, made in tried)
+    assert choose_mesh(llama, V5P, 128, slices=2).data % 2 == 0
+
+
+def test_more_devices_than_rows_take_another_axis(llama):
+    few = dataclasses.replace(llama, data=dataclasses.replace(llama.data, batch_size=16))
+    mesh = choose_mesh(few, V5P, 64)
+    assert mesh.tensor * mesh.sequence >= 4
+
+
+def test_nothing_fits(llama):
+    with pytest.raises(UserError, match="take more chips"):
+        choose_mesh(llama, CHIPS["v5e"], 2)
+
+
+# ----------------------------------------------------------------------------------------------------- search
+
+
+def facts(cfg, hardware):
+    """As if the compiler had said so: what needs no remat does not fit, and tensor sends much."""
+    mesh = dict(
+        zip(("pipe", "data", "fsdp", "expert", "sequence", "tensor"), cfg.mesh.shape(64), strict=True)
+    )
+    fits = cfg.model.remat == "full"
+    row = Row("all-gather", "fsdp", 64, 6, 1, 1e9, 1e9 * mesh["tensor"] ** 4, 0.0, "")
+    return Facts(
+        topology=str(hardware),
+        mesh=mesh,
+        state=dict(params=1, gradients=1, opt_state=1, batch=1),
+        largest_replicated=("", 0),
+        memory=DeviceMemory(1, 1, 1, 2**30, 1, 2**30) if fits else None,
+        shortage=None if fits else Shortage(2e11, 1e11, "RESOURCE_EXHAUSTED"),
+        collectives=(row,) if fits else None,
+        unreadable="",
+        cycles=0.0,
+        unknown_loops=0,
+        replicated=(),
+        seconds={"compile": 1.0},
+        versions={"jax": "0"},
+    )
+
+
+def test_the_search_compiles_the_best_and_ranks_them(llama):
+    hardware, asked = parse_topology("v5p:4x4x4"), []
+
+    def compile_one(cfg):
+        asked.append(cfg)
+        return facts(cfg, hardware)
+
+    compiled, estimated = search(llama, hardware, compile_one, max_compiles=6)
+    assert len(compiled) == len(asked) == 6
+    assert len(set(asked)) == 6
+    fits = [each.report.fits for each in compiled]
+    assert fits == sorted(fits, reverse=True)
+    good = [each.score for each in compiled if each.report.fits]
+    assert good == sorted(good)
+    best = [each.estimate.seconds for each in estimated]
+    assert best == sorted(best)
+    assert max(each.estimate.seconds for each in compiled) <= best[0]
+    assert all(each.estimate.fits for each in (*compiled, *estimated))
+
+
+def test_variants_change_nothing_else(llama):
+    hardware = parse_topology("v5p:4x4x4")
+    for cfg in variants(llama, hardware):
+        model, train = llama.model, llama.train
+        same = dataclasses.replace(
+            cfg,
+            mesh=llama.mesh,
+            model=dataclasses.replace(cfg.model, remat=model.remat),
+            train=dataclasses.replace(cfg.train, microbatches=train.microbatches),
+        )
+        assert same == llama
+
+
+def test_the_command_writes_the_overrides(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command, "facts_of", lambda cfg, hardware, cache: (facts(cfg, hardware), False))
+    out = tmp_path / "best.json"
+    flags = ["--config=experiments/llama_8b.py", "--topology=v5p:4x4x4", "--search", f"--out={out}"]
+    assert main(["preflight", *flags, "--max_compiles=40"]) == 0
+    shown = capsys.readouterr().out
+    overrides = json.loads(out.read_text())
+    assert overrides["model.remat"] == "full"
+    assert f"--config.mesh.fsdp={overrides['mesh.fsdp']}" in shown
+    assert "layouts, best first" in shown
+    assert main(["preflight", *flags, "--max_compiles=40", "--json"]) == 0
+    tree = json.loads(capsys.readouterr().out)
+    assert tree["overrides"] == overrides
+    assert tree["ranking"][0].items() >= overrides.items()
+
+
+def test_a_search_needs_numbers_of_the_chip(llama):
+    with pytest.raises(UserError, match="needs a chip's numbers"):
+        search(llama, parse_topology("cpu:8"), types.SimpleNamespace, max_compiles=1)

@@ -1,0 +1,115 @@
+"""Compile well-known models for pods and print one Markdown row each: memory, traffic, roofline.
+
+    python tools/preflight_pods.py --only=llama3-8B --backend=splash --cache=runs/preflight
+
+Bytes are those of one chip and step; see jaxlm/preflight/README.md for what the columns are. A row takes one
+core some minutes and is kept in the cache.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import jax
+
+from jaxlm.config import RunConfig, build
+from jaxlm.preflight.collectives import KINDS
+from jaxlm.preflight.compiled import default_cache, facts_of
+from jaxlm.preflight.report import GiB, Report, make_report, sums
+from jaxlm.preflight.topology import Topology, parse_topology
+
+
+def llama(layers: int, dim: int, mlp: int, heads: int, kv_heads: int, vocab: int = 128_256) -> dict:
+    """A Llama's shape in bf16 with full rematerialisation."""
+    shape = dict(
+        vocab_size=vocab, num_layers=layers, model_dim=dim, mlp_dim=mlp, dtype="bfloat16", remat="full"
+    )
+    return shape | dict(attention=dict(num_heads=heads, num_kv_heads=kv_heads), norm_eps=1e-5)
+
+
+LLAMA2_7B = llama(32, 4096, 11_008, 32, 32, 32_000)
+LLAMA3_8B = llama(32, 4096, 14_336, 32, 8)
+LLAMA3_70B = llama(80, 8192, 28_672, 64, 8)
+LLAMA3_405B = llama(126, 16_384, 53_248, 128, 8)
+MIXTRAL = llama(32, 4096, 14_336, 32, 8, 32_000)
+MIXTRAL |= dict(mlp_pattern=("moe",), moe=dict(num_experts=8, top_k=2))
+# DeepSeek-V3's widths and experts, with plain attention and experts in every layer.
+DEEPSEEK = llama(61, 7168, 18_432, 128, 128, 129_280)
+DEEPSEEK["attention"]["head_dim"] = 128
+DEEPSEEK |= dict(mlp_pattern=("moe",), moe=dict(num_experts=256, top_k=8, expert_dim=2048, shared_experts=1))
+
+# name -> (model, topology, slices, mesh, rows, T)
+PODS: dict[str, tuple[dict, str, int, dict, int, int]] = {
+    "llama2-7B": (LLAMA2_7B, "v5e:16x16", 1, dict(data=1, fsdp=256), 512, 4096),
+    "llama3-8B": (LLAMA3_8B, "v5p:4x4x4", 1, dict(data=1, fsdp=64), 256, 8192),
+    "llama3-8B on v6e": (LLAMA3_8B, "v6e:8x8", 1, dict(data=1, fsdp=64), 128, 8192),
+    "llama3-70B": (LLAMA3_70B, "v5p:8x8x8", 1, dict(data=1, fsdp=512), 1024, 8192),
+    "llama3-405B": (LLAMA3_405B, "v5p:16x16x16", 1, dict(data=1, fsdp=512, tensor=8), 1024, 8192),
+    "mixtral-8x7B": (MIXTRAL, "v5p:4x4x4", 1, dict(data=1, fsdp=8, expert=8), 512, 4096),
+    "deepseek-V3-shaped": (DEEPSEEK, "v5p:8x8x8", 1, dict(data=1, fsdp=8, expert=64), 1024, 4096),
+    "llama3-8B, T 131,072": (LLAMA3_8B, "v5p:8x8x8", 1, dict(data=1, fsdp=64, sequence=8), 64, 131_072),
+    "llama3-70B, two slices": (LLAMA3_70B, "v6e:16x16", 2, dict(data=2, fsdp=256), 512, 8192),
+}
+
+
+def pod(name: str, backend: str) -> tuple[RunConfig, Topology]:
+    """The run and the hardware of a row."""
+    model, topology, slices, mesh, rows, length = PODS[name]
+    if backend:
+        model = {**model, "attention": {**model["attention"], "backend": backend}}
+    cfg = build(dict(model=model, mesh=mesh, data=dict(seq_len=length, batch_size=rows)))
+    return cfg, parse_topology(topology, slices)
+
+
+def row(name: str, report: Report) -> str:
+    """One line of the table."""
+    facts, totals = report.facts, sums(report.facts.collectives or ())
+    mesh = " x ".join(f"{axis} {n}" for axis, n in facts.mesh.items() if n > 1)
+    cells = [name, report.topology, mesh, f"{report.tokens_per_step / report.chips:,.0f}"]
+    if facts.memory is None:
+        short = facts.shortage
+        return (
+            "| "
+            + " | ".join([*cells, f"lacks {(short.needed - short.available) / GiB:.2f} GiB", *[""] * 7])
+            + " |"
+        )
+    every = totals.get("all", {"ici": 0.0, "dcn": 0.0})
+    kinds = ", ".join(f"{kind} {totals[kind]['ici'] / 1e9:,.1f}" for kind in KINDS if kind in totals)
+    cells += [
+        f"{facts.memory.allocated / GiB:.1f}",
+        f"{facts.memory.peak / GiB:.1f}",
+        f"{report.limit / GiB:.2f}",
+    ]
+    cells += [f"{every['ici'] / 1e9:,.1f}", f"{every['dcn'] / 1e9:,.1f}", kinds]
+    cells += [f"{report.time.mfu:.0%} ({report.time.limited_by})", f"{facts.seconds['compile']:.0f}"]
+    return "| " + " | ".join(cells) + " |"
+
+
+def main() -> int:
+    """Print the table; 1 if a pod does not fit."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default="", help="names of rows, separated by ';'; empty = all")
+    parser.add_argument("--backend", default="", help="attention backend; empty = the config's default")
+    parser.add_argument("--cache", default="", help="folder of facts; empty = the default one")
+    args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    cache = Path(args.cache) if args.cache else default_cache()
+    heads = "model,pod,mesh,tokens a chip,allocated GiB,peak GiB,limit GiB,GB on ICI,GB on DCN,of which"
+    heads = [*heads.split(","), "MFU at most", "compile s"]
+    print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|", flush=True)
+    fits = True
+    for name in args.only.split(";") if args.only else PODS:
+        cfg, hardware = pod(name.strip(), args.backend)
+        facts, _ = facts_of(cfg, hardware, cache)
+        report = make_report(cfg, hardware, facts)
+        fits &= report.fits
+        print(row(name.strip(), report), flush=True)
+        for warning in report.warnings:
+            print(f"  {name}: {warning}", file=sys.stderr, flush=True)
+    return 0 if fits else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
