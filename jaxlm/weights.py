@@ -209,9 +209,13 @@ def _gather_parts(
 ) -> Array:
     """`gather` of a table split over mesh axes `vocab` and `embed`, the latter among those of the ids."""
     rows_columns = layout.fitting(ids_BT.shape, ("batch", "length"))
-    out = layout.fitting((*ids_BT.shape, table_VD.shape[1]), ("batch", "residual", None))
+    rows, columns = rows_columns
     where = {m: dim for dim, part in enumerate(rows_columns) for m in spec_axes(part)}
-    scattered = set(spec_axes(out[1])) - where.keys()
+    # Sums over the vocabulary are scattered along columns where the residual stream is split by that axis.
+    stream = spec_axes(layout.fitting(ids_BT.shape, ("batch", "residual"))[1])
+    scattered = tuple(m for m in stream if m in vocab)
+    if stream != (*spec_axes(columns), *scattered):
+        scattered = ()
 
     def own(table_vd: Array, ids_bt: Array) -> Array:
         for m in embed:
@@ -225,16 +229,15 @@ def _gather_parts(
         while any(where[m] for m in waiting):  # columns come home before they are split once more
             m = waiting.pop()
             x = jax.lax.all_to_all(x, m, where[m], 2, tiled=True)
-        for m in vocab:  # one term of each sum is not zero, so that it is exact in any dtype
-            x = (
-                jax.lax.psum_scatter(x, m, scatter_dimension=1, tiled=True)
-                if m in scattered
-                else jax.lax.psum(x, m)
-            )
+        for m in scattered:  # one term of each sum is not zero, so that it is exact in any dtype
+            x = jax.lax.psum_scatter(x, m, scatter_dimension=1, tiled=True)
+        if kept := tuple(m for m in vocab if m not in scattered):
+            x = jax.lax.psum(x, kept)
         while waiting:
             m = waiting.pop()
             x = jax.lax.all_to_all(x, m, where[m], 2, tiled=True)
         return x
 
     split = PartitionSpec(vocab or None, embed or None)
+    out = PartitionSpec(rows, (*spec_axes(columns), *scattered) or None)
     return jax.shard_map(own, in_specs=(split, rows_columns), out_specs=out)(table_VD, ids_BT)

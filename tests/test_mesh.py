@@ -24,7 +24,7 @@ from jaxlm.sharding import MESH_AXES, Layout, MeshConfig, make_layout, make_mesh
 from jaxlm.train.state import abstract_state, create_state
 from jaxlm.train.step import make_step
 from jaxlm.tree import named_leaves
-from jaxlm.weights import matmul
+from jaxlm.weights import gather, matmul
 
 B, T, V = 8, 16, 64
 
@@ -148,6 +148,37 @@ def test_weights_are_gathered_layer_by_layer_and_the_vocabulary_never():
     head = [loop for loop, shape in summed if shape in ((D, V // tensor), (D // fsdp, V // tensor))]
     assert head == [False]  # the head's gradient, once a step
     assert not [shape for loop, shape in summed if V in shape]
+
+
+def test_rows_of_a_table_are_found_however_it_is_split():
+    """Vocabulary and width over axes that the residual stream has or has not, with gradients."""
+    rng = np.random.default_rng(0)
+    table, probe = rng.normal(size=(32, 16)).astype(np.float32), rng.normal(size=(8, 16, 16))
+    ids = rng.integers(-3, 35, (8, 16)).astype(np.int32)  # out of range, the nearest row is taken
+
+    def value(table, axes=None):
+        x = gather(table, ids, axes)
+        return jnp.sum(x * probe), x
+
+    (_, want), want_grad = jax.value_and_grad(value, has_aux=True)(table)
+    np.testing.assert_array_equal(want, table[ids.clip(0, 31)])
+    for first, rules in (
+        ("vocab", ()),
+        (None, ()),  # a table of positions
+        ("vocab", (("vocab", ""),)),
+        ("vocab", (("residual", ""),)),
+        ("vocab", (("residual", "tensor sequence"),)),
+        ("vocab", (("embed", "fsdp sequence"),)),
+    ):
+        layout = make_layout(MeshConfig(data=1, fsdp=2, sequence=2, tensor=2, rules=rules))
+        with use(layout):
+            placed = jax.device_put(table, layout.sharding((first, "embed")))
+            run = jax.jit(jax.value_and_grad(partial(value, axes=(first, "embed")), has_aux=True))
+            program = run.lower(placed).compile()
+            (_, got), grad = program(placed)
+        assert "all-to-all(" in program.as_text()  # the table itself does not travel
+        np.testing.assert_array_equal(got, want, err_msg=str((first, rules)))
+        np.testing.assert_allclose(grad, want_grad, rtol=1e-5, atol=1e-5, err_msg=str((first, rules)))
 
 
 @pytest.mark.slow
