@@ -256,8 +256,11 @@ def test_slices_take_consecutive_parts_of_the_axis_that_crosses_them():
     chips = [Chip(id=i, slice_index=i % 2, process_index=i % 2) for i in range(8)]
     grid = make_mesh(MeshConfig(data=2, fsdp=4, slices=2), chips).devices
     assert {chip.slice_index for chip in grid[0, 0].flat} == {0}
+    nodes = [dataclasses.replace(chip, platform="gpu") for chip in chips]
+    assert make_mesh(MeshConfig(data=1, fsdp=8), nodes).shape["fsdp"] == 8  # as every GPU node is a slice
+    torus = [dataclasses.replace(chip, platform="tpu") for chip in chips]
     with pytest.raises(UserError, match=r"mesh.slices=1, but the devices lie in 2 slices"):
-        make_mesh(MeshConfig(data=2, fsdp=4), chips)
+        make_mesh(MeshConfig(data=2, fsdp=4), torus)
 
 
 def test_the_preset_of_some_hardware_fits_it_and_unknown_hardware_is_refused():
