@@ -13,7 +13,7 @@ from typing import Any
 
 from absl import flags
 
-from jaxlm.errors import UserError, nearest
+from jaxlm.errors import UserError, check, nearest
 
 FAILED, STOPPED = 1, 75  # exit codes; 75 is EX_TEMPFAIL of sysexits: run the same command again
 
@@ -221,9 +221,10 @@ def _config(values: flags.FlagValues, positional: Sequence[str], config: Any) ->
     no_positional("config", positional)
     devices = values.devices
     if values.preset:
+        check(devices is None, f"--devices={devices}: --preset says how many devices there are; drop one")
         rule, devices = preset(values.preset)
         config.update_from_flattened_dict(rule.overrides(devices))
-        for name, value in rule.overrides(devices).items():
+        for name, value in rule.overrides(devices).items() if not values.json else ():
             print(f"--config.{name}={value!r}")
     cfg = build(config)
     if values.json:

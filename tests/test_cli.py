@@ -122,6 +122,7 @@ def test_the_version_is_printed(run):
         (("evaluate", "--mesh=fdsp=2", "--workdir=x"), "unknown key --mesh.fdsp; did you mean 'fsdp'?"),
         (("evaluate", "--mesh=fsdp=two", "--workdir=x"), "--mesh.fsdp: expected int, got 'two'"),
         (("config", "--devices=0"), "devices=0"),
+        (("config", "--devices=8", "--preset=TPU v5 x 64"), "--devices=8: --preset says how many"),
         (("config", SMOKE, "--config.seed=-1"), "seed=-1 must be in [0, 2**32)"),
         (("sample", "--workdir=x", "--prompt=a\udcff"), "is not UTF-8"),
         (("tokenizer",), "needs one of 'train' and 'inspect', got nothing"),
@@ -319,6 +320,17 @@ def test_config_as_json_is_the_config(run):
     cfg = build(json.loads(out))
     assert cfg.optim.lr == 0.25
     assert cfg.model.num_layers == 2
+
+
+def test_a_preset_is_applied_and_printed_as_overrides_and_json_is_json_alone(run):
+    words = ("config", SMOKE, "--preset=TPU v5 x 4", "--config.data.batch_size=4")
+    code, out, _ = run(*words)
+    assert code == 0
+    assert "--config.mesh.fsdp=-1" in out.splitlines()
+    assert "mesh fsdp=4; " in out
+    code, out, _ = run(*words, "--json")
+    assert code == 0
+    assert build(json.loads(out)).model.remat == "full"
 
 
 def test_overrides_take_every_kind_of_value(run):
