@@ -338,10 +338,10 @@ def memory(
         optimizer = sum(count * itemsize for count, itemsize in _sizes(opt_state, None))
     shards = {
         axis: 1 if layout is None else layout.shards(axis)
-        for axis in ("batch", "heads", "kv_heads", "mlp", "vocab")
+        for axis in ("batch", "length", "heads", "kv_heads", "mlp", "vocab")
     }
     rows = math.ceil(batch_size / (microbatches * shards["batch"]))
-    tokens = rows * seq_len
+    tokens = rows * math.ceil(seq_len / shards["length"])
     logits = 8 * min(logit_tokens or tokens, tokens) * cfg.vocab_size // shards["vocab"]
     cache = jax.eval_shape(lambda: init_cache(cfg, math.ceil(batch_size / shards["batch"]), seq_len))
     return Memory(

@@ -479,6 +479,7 @@ def plan(cfg: RunConfig, *, num_devices: int | None = None) -> Plan:
     model = dataclasses.replace(cfg.model, remat="none")
     state = _planned_state(model, shape_of(cfg.optim), cfg.mesh, num_devices)
     rows = cfg.data.batch_size // (cfg.train.microbatches * layout.shards("batch"))
+    columns = cfg.data.seq_len // layout.shards("length")
     memory = counting.memory(
         cfg.model,
         batch_size=cfg.data.batch_size,
@@ -486,7 +487,7 @@ def plan(cfg: RunConfig, *, num_devices: int | None = None) -> Plan:
         layout=layout,
         opt_state=state.opt_state,
         microbatches=cfg.train.microbatches,
-        logit_tokens=rows * min(cfg.loss.chunk or cfg.data.seq_len, cfg.data.seq_len),
+        logit_tokens=rows * min(cfg.loss.chunk or columns, columns),
     )
     return Plan(
         mesh_shape=dict(layout.mesh.shape),

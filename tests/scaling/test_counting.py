@@ -26,7 +26,7 @@ from jaxlm.scaling.counting import (
     memory,
     weights,
 )
-from jaxlm.sharding import Layout, MeshConfig, describe, make_mesh
+from jaxlm.sharding import Layout, MeshConfig, describe, make_layout, make_mesh
 from jaxlm.train.state import abstract_state
 from jaxlm.tree import named_leaves, nbytes, size
 
@@ -351,6 +351,8 @@ def test_memory_of_a_sharded_step():
     assert split.logits == one.logits // 8
     assert split.activations < one.activations / 4
     assert memory(cfg, batch_size=16, seq_len=64, layout=layout, microbatches=2).grads == 2 * per_device
+    columns = memory(cfg, batch_size=16, seq_len=64, layout=make_layout(MeshConfig(data=1, sequence=4)))
+    assert (columns.logits, columns.activations) == (one.logits // 4, round(one.activations / 4))
 
     optimizer = make_optimizer(OptimConfig(), lambda step: 1e-3)
     state, _ = abstract_state(lambda key: init(cfg, key), optimizer, layout=layout, table=AXES)
