@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 
 from jaxlm.errors import UserError
 from jaxlm.objectives.lm import LossConfig, cross_entropy, make_lm_objective, token_nll
+from jaxlm.sharding import MeshConfig, make_layout, use
 
 B, T, D, V = 3, 10, 8, 24
 TOKEN_BYTES_V = np.arange(V, dtype=np.float32) % 5
@@ -188,12 +190,15 @@ def test_large_logits_do_not_overflow(chunk):
     assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(out))
 
 
-def test_a_target_outside_the_vocabulary_is_loud():
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_a_target_outside_the_vocabulary_is_loud(tensor):
+    """A negative one too, and where the vocabulary is split over devices."""
     hidden_BTD, targets_BT, weights_BT = hidden_and_batch()
-    loss, _ = cross_entropy(
-        LossConfig(chunk=4), untied, make_params(), hidden_BTD, targets_BT + V, weights_BT
-    )
-    assert jnp.isnan(loss)
+    with use(make_layout(MeshConfig(data=1, tensor=tensor))):
+        run = jax.jit(partial(cross_entropy, LossConfig(chunk=4), untied))
+        for wrong in (targets_BT + V, targets_BT - V):
+            loss, _ = run(make_params(), hidden_BTD, wrong, weights_BT)
+            assert jnp.isnan(loss)
 
 
 @pytest.mark.parametrize("chunk", [0, 4])

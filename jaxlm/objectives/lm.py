@@ -72,7 +72,9 @@ def _block(
         picked_BTV = jnp.where(_onehot(targets_BT, logits_BTV), logits_BTV, 0.0)
         target_BT = picked_BTV.sum(-1)
     else:
-        target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], -1)[..., 0]
+        target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], -1, mode="clip")[..., 0]
+    known_BT = (targets_BT >= 0) & (targets_BT < logits_BTV.shape[-1])
+    target_BT = jnp.where(known_BT, target_BT, jnp.nan)
     nll_BT, z_BT = lse_BT - target_BT, jnp.square(lse_BT)
     loss_BT = nll_BT
     if cfg.label_smoothing:
