@@ -30,12 +30,15 @@ def _split(eqn: str) -> tuple[str, str, str]:
     return x, w, out
 
 
+def precision(dtype: Any) -> jax.lax.Precision | None:
+    """Of a product of operands of that dtype: fp32 means fp32, which TPUs round to bf16 and GPUs to TF32."""
+    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
+
+
 def einsum(eqn: str, a: Array, b: Array, dtype: str, accum: str) -> Array:
     """Operands cast to `dtype`, sums in `accum`; gradients are autodiff's, unlike those of `product`."""
-    # fp32 means fp32: the default precision of a TPU would round such operands to bf16, of a GPU to TF32.
-    precision = jax.lax.Precision.HIGHEST if dtype == "float32" else None
     return jnp.einsum(
-        eqn, a.astype(dtype), b.astype(dtype), precision=precision, preferred_element_type=accum
+        eqn, a.astype(dtype), b.astype(dtype), precision=precision(dtype), preferred_element_type=accum
     )
 
 

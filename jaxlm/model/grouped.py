@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Int32
 
 from jaxlm.errors import check_choice
-from jaxlm.weights import PRODUCT
+from jaxlm.weights import PRODUCT, precision
 
 # --- Moving rows ---
 
@@ -73,7 +73,8 @@ def _loop_product(x_MD: Array, w_EDF: Array, sizes_E: Array, accum: str) -> Arra
 
     def body(y_MF, e, first, n):
         # Rows after the group's end are written as zeros here and by their own group's block later.
-        y = jnp.dot(_block(x_MD, first, n, block), w_EDF[e], preferred_element_type=accum)
+        x = _block(x_MD, first, n, block)
+        y = jnp.dot(x, w_EDF[e], precision=precision(x.dtype), preferred_element_type=accum)
         return jax.lax.dynamic_update_slice_in_dim(y_MF, y, first, 0)
 
     y_MF = jnp.zeros((rows + block, w_EDF.shape[2]), accum)
@@ -87,7 +88,8 @@ def _loop_weight_gradient(x_MD: Array, g_MF: Array, sizes_E: Array, accum: str) 
     def body(dw_EDF, e, first, n):
         x = _block(x_MD, first, n, block)
         g = jax.lax.dynamic_slice_in_dim(g_MF, first, block)
-        return dw_EDF.at[e].add(jnp.einsum("MD,MF->DF", x, g, preferred_element_type=accum))
+        how = dict(precision=precision(x.dtype), preferred_element_type=accum)
+        return dw_EDF.at[e].add(jnp.einsum("MD,MF->DF", x, g, **how))
 
     return _loop_blocks(sizes_E, block, body, jnp.zeros((experts, x_MD.shape[1], g_MF.shape[1]), accum))
 
@@ -105,7 +107,8 @@ def _grouped(
     if backend == "loop":
         y_MF = _loop_product(x_MD, w_EDF, sizes_E, accum)
     else:
-        y_MF = jax.lax.ragged_dot(x_MD, w_EDF, sizes_E, preferred_element_type=accum)
+        how = dict(precision=precision(x_MD.dtype), preferred_element_type=accum)
+        y_MF = jax.lax.ragged_dot(x_MD, w_EDF, sizes_E, **how)
     return y_MF.astype(result)
 
 
@@ -122,7 +125,8 @@ def _grouped_bwd(backend, dtype, accum, result, saved, g_MF):
     if backend == "loop":
         dw_EDF = _loop_weight_gradient(x, g, sizes_E, accum)
     else:
-        dw_EDF = jax.lax.ragged_dot_general(x, g, sizes_E, _SUM_OVER_GROUP, preferred_element_type=accum)
+        how = dict(precision=precision(x.dtype), preferred_element_type=accum)
+        dw_EDF = jax.lax.ragged_dot_general(x, g, sizes_E, _SUM_OVER_GROUP, **how)
     return dx_MD, dw_EDF.astype(w_EDF.dtype), None
 
 

@@ -378,6 +378,17 @@ def test_grouped_products_equal_a_loop_over_groups(sizes):
     assert (np.abs(want[1][1]).max((1, 2)) > 0).tolist() == [n > 0 for n in sizes]
 
 
+@pytest.mark.parametrize("backend", ["loop", "ragged"])
+def test_grouped_products_of_fp32_are_made_in_fp32(backend):
+    """An accelerator would round the operands of a product of default precision."""
+    x_MD, w_EDF, sizes_E = jnp.ones((9, D)), jnp.ones((E, D, F)), jnp.array([3, 0, 5, 1])
+    for dtype in ("float32", "bfloat16"):
+        loss = lambda x, w: grouped_matmul(x, w, sizes_E, backend=backend, dtype=dtype).sum()  # noqa: E731, B023
+        text = str(jax.make_jaxpr(jax.value_and_grad(loss, argnums=(0, 1)))(x_MD, w_EDF))
+        found = re.findall(r"precision=\(?Precision\.HIGHEST", text)
+        assert len(found) == (3 if dtype == "float32" else 0)
+
+
 def test_take_rows_and_its_gradient():
     x_BND = jax.random.normal(jax.random.key(0), (1, 3, 2))
     index_BM = jnp.array([[2, 0, 3, 2]])  # 3 = nowhere
