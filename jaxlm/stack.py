@@ -25,14 +25,24 @@ def _to_host(*names: str) -> Callable[..., Any]:
     )
 
 
+_NAMED = jax.checkpoint_policies.save_only_these_names(PRODUCT, ATTENDED)
+_CUDNN = "dot_product_attention_fwd_wrapper"  # JAX's primitive, whose results carry no name
+
+
+def _keep_products(prim: Any, *args: Any, **params: Any) -> bool:
+    """Keep what has a name of ours, and cuDNN's attention."""
+    return prim.name == _CUDNN or _NAMED(prim, *args, **params)
+
+
 REMAT: dict[str, Callable[..., Any] | None] = {
     "none": None,  # keep every residual
     # keep weight products, in their own dtype, and what an attention kernel's backward pass reads; by name,
     # as a policy does not see into their custom gradients
-    "minimal": jax.checkpoint_policies.save_only_these_names(PRODUCT, ATTENDED),
+    "minimal": _keep_products,
     "full": jax.checkpoint_policies.nothing_saveable,  # keep the block's input alone
     "offload": _to_host(BLOCK_INPUT),  # keep the block's input, in the host's memory
-    "offload_minimal": _to_host(BLOCK_INPUT, PRODUCT, ATTENDED),  # what `minimal` keeps, in the host's memory
+    # what `minimal` keeps, in the host's memory, but for cuDNN's attention, which runs again
+    "offload_minimal": _to_host(BLOCK_INPUT, PRODUCT, ATTENDED),
 }
 
 

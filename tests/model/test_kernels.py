@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 from jax._src.interpreters import partial_eval as pe
 
 from jaxlm.errors import UserError
@@ -186,6 +187,23 @@ def test_minimal_remat_keeps_what_the_kernel_needs_and_full_runs_it_again(remat,
     names = kernels_in(needed)
     assert sum("fwd" in name for name in names) == forward_runs, names
     assert sum("dkv" in name or "dq" in name for name in names) == 2, names
+
+
+@pytest.mark.parametrize(("remat", "forward_runs"), [("none", 1), ("minimal", 1), ("full", 2)])
+def test_minimal_remat_keeps_what_cudnn_needs(remat, forward_runs, monkeypatch):
+    """Traced, not run: JAX asks for cuDNN and the GPU while it traces."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91100)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_is_flash_attention", lambda *args, **options: None)
+    x = jnp.ones((2, 32, 4, 16), jnp.bfloat16)
+
+    def block(x, q):
+        return jax.nn.dot_product_attention(q, x, x, is_causal=True, implementation="cudnn")
+
+    loss = lambda q: rematerialised(block, remat, scan=True)(x, q).astype(jnp.float32).sum()  # noqa: E731
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(x).jaxpr
+    needed, _ = pe.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    assert str(needed).count("dot_product_attention_fwd_wrapper[") == forward_runs
+    assert str(needed).count("dot_product_attention_bwd_wrapper[") == 1
 
 
 def test_tiles_are_chosen_by_rule_or_by_the_config():
