@@ -146,10 +146,35 @@ def _tell(value: Any) -> Any:
 
 
 def chief_first(fn: Callable[[], T]) -> T:
-    """`fn()` in every process, in the others when the chief is done: it may leave files that they find."""
+    """`fn()` in every process, in the others when the chief is done: it may leave files that they find.
+
+    A `UserError` of one process, which alone may lack a file, is raised in all.
+    """
     made: list[T] = []
     from_chief(lambda: made.append(fn()))
-    return made[0] if made else fn()
+    if jax.process_count() == 1:
+        return made[0]
+    failure: UserError | None = None
+    if not made:
+        try:
+            made.append(fn())
+        except UserError as error:
+            failure = error
+    told = _tell_all("" if failure is None else str(failure))
+    if failure is not None:
+        raise failure
+    for process, message in enumerate(told):
+        check(not message, f"process {process}: {message}")
+    return made[0]
+
+
+def _tell_all(message: str) -> list[str]:
+    """The messages of all processes."""
+    data = np.frombuffer(message.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(data.size))
+    padded = np.pad(data, (0, int(sizes.max()) - data.size))
+    texts = multihost_utils.process_allgather(padded) if padded.size else np.zeros((len(sizes), 0))
+    return [np.asarray(t[:n], np.uint8).tobytes().decode() for t, n in zip(texts, sizes, strict=True)]
 
 
 class AgreedStop:

@@ -18,15 +18,16 @@ def own_rows(layout: Layout, batch_size: int) -> Int[np.ndarray, " rows"]:
     (split along `tensor`, say) each make them.
 
     Raises:
-        UserError: the mesh has no device of this process.
+        UserError: the mesh has no device of some process; told to every process alike.
     """
-    places = layout.sharding(("batch",)).addressable_devices_indices_map((batch_size,))
-    if not places:
+    idle = set(range(jax.process_count())) - {device.process_index for device in layout.mesh.devices.flat}
+    if idle:
         raise UserError(
-            f"the mesh of {layout.mesh.size} devices has none of process {jax.process_index()}: with "
+            f"the mesh of {layout.mesh.size} devices has none of process {min(idle)}: with "
             f"{jax.process_count()} processes it must use all {jax.device_count()} devices, such as by "
             "mesh.data=-1"
         )
+    places = layout.sharding(("batch",)).addressable_devices_indices_map((batch_size,))
     return np.unique(np.concatenate([np.arange(batch_size)[rows] for (rows,) in places.values()]))
 
 

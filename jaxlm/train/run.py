@@ -164,7 +164,7 @@ def train(
 
         # ----------------------------------------------------------------------------------------- programs
         # Shapes alone, so that what does not fit is refused before any text is tokenised.
-        tokenizer = load_tokenizer(cfg.data.tokenizer)
+        tokenizer = chief_first(lambda: load_tokenizer(cfg.data.tokenizer))
         check_vocabulary(tokenizer, cfg.model.vocab_size)
         # Loss by position is a question for `evaluate`: the rows of a run hold numbers.
         loss = dataclasses.replace(cfg.loss, per_position=False)

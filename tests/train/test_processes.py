@@ -179,6 +179,45 @@ def test_a_process_that_dies_ends_the_others(experiment, tmp_path):
     assert time.time() - began < 30
 
 
+REFUSAL = """
+import sys
+import jax
+from jaxlm import distributed
+from jaxlm.errors import UserError
+
+def lacks_a_file():
+    if jax.process_index() == 1:
+        raise UserError("no file here")
+    return 1
+
+distributed.start(sys.argv[1], 2, int(sys.argv[2]))
+assert distributed.chief_first(jax.process_index) == int(sys.argv[2])
+try:
+    distributed.chief_first(lacks_a_file)
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_what_one_process_refuses_all_refuse():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    command = [sys.executable, "-c", REFUSAL, address]
+    pair = [
+        subprocess.Popen([*command, str(i)], cwd=ROOT, stdout=subprocess.PIPE, text=True) for i in range(2)
+    ]
+    told = [process.communicate(timeout=180)[0].strip() for process in pair]
+    assert told == ["process 1: no file here", "no file here"]
+
+
+def test_a_mesh_without_devices_of_some_process_is_refused_in_all(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="the mesh of 8 devices has none of process 1: with 2 processes"):
+        own_rows(Layout(make_mesh(MeshConfig(data=8))), 8)
+
+
 def test_every_device_gets_its_rows_from_a_part_of_the_batch():
     layout = Layout(make_mesh(MeshConfig(data=4, tensor=2)))
     np.testing.assert_array_equal(own_rows(layout, 8), np.arange(8))
