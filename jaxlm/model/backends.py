@@ -66,8 +66,8 @@ def check_backend(name: str, **wanted: bool) -> None:
     lacking = [NAMES.get(what, what) for what in needs if not getattr(BACKENDS[name], what)]
     if lacking:
         able = [n for n, b in BACKENDS.items() if all(getattr(b, what) for what in needs)]
-        choices = " or ".join(map(repr, able)) or "none does"
-        raise UserError(f"model.attention.backend={name!r} has no {' and no '.join(lacking)}; use {choices}")
+        advice = f"use {' or '.join(map(repr, able))}" if able else "no backend has all that is asked for"
+        raise UserError(f"model.attention.backend={name!r} has no {' and no '.join(lacking)}; {advice}")
 
 
 def attend(
