@@ -22,10 +22,11 @@ import pytest
 
 from jaxlm.model import transformer as tf
 from jaxlm.model.attention import AttentionConfig
+from jaxlm.model.context_parallel import CONTEXTS
 from jaxlm.model.moe import MoEConfig
 from jaxlm.objectives.lm import LossConfig, make_lm_objective
 from jaxlm.optim import OptimConfig, make_optimizer, make_schedule
-from jaxlm.sharding import MeshConfig, make_layout, make_mesh, use
+from jaxlm.sharding import MESH_AXES, MeshConfig, make_layout, make_mesh, use
 from jaxlm.train.programs import Model
 from jaxlm.train.state import TrainState, abstract_state, create_state
 from jaxlm.train.step import make_step
@@ -107,6 +108,8 @@ MESHES = {
         MeshConfig(data=1, fsdp=2, sequence=4, rules=(("embed", "fsdp sequence"),)),
         "ring",
     ),
+    "pipe2_ring2_tensor2": (MeshConfig(data=1, pipe=2, sequence=2, tensor=2), "ring"),
+    "pipe2_data2_ulysses2": (MeshConfig(data=2, pipe=2, sequence=2), "ulysses"),
 }  # fmt: skip
 FAST = {
     ("dense", "fsdp4_tensor2"),
@@ -205,16 +208,8 @@ def test_training_on_a_mesh_is_training_on_one_device(model, mesh):
 
 
 def test_the_table_covers_every_axis_alone_and_twenty_products():
-    used = [
-        {a for a in ("data", "fsdp", "tensor", "expert", "sequence") if getattr(m, a) > 1}
-        for m, _ in MESHES.values()
-    ]
-    assert {next(iter(axes)) for axes in used if len(axes) == 1} == {
-        "data",
-        "fsdp",
-        "tensor",
-        "expert",
-        "sequence",
-    }
+    used = [{a for a in MESH_AXES if getattr(m, a) > 1} for m, _ in MESHES.values()]
+    assert {next(iter(axes)) for axes in used if len(axes) == 1} == set(MESH_AXES)
     assert sum(len(axes) > 1 for axes in used) >= 20
+    assert {how for m, how in MESHES.values() if m.pipe > 1} == set(CONTEXTS)
     assert any(mesh.slices == 2 for mesh, _ in MESHES.values())

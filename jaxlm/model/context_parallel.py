@@ -122,6 +122,7 @@ def attend_split(
         "allowed": P(rows, side),
         "bias": P(None if bias_BNTS is None or bias_BNTS.shape[0] == 1 else rows, over, side),
         "sinks": P(over),
+        "here": P(columns),
     }
     arrays = {
         "q": q_BTNH,
@@ -132,6 +133,9 @@ def attend_split(
         "allowed": mask.allowed_BTS,
         "bias": bias_BNTS,
         "sinks": sinks_N,
+        # Not `axis_index`: work that depends on nothing else would be moved in front of a pipeline's loop,
+        # into a `shard_map` without operands, which XLA refuses inside another one.
+        "here": jnp.arange(parts),
     }
     arrays = {name: x for name, x in arrays.items() if x is not None}
     axis = spec_axes(columns)
@@ -142,7 +146,7 @@ def attend_split(
         extra = dict(bias_BNTS=a.get("bias"), sinks_N=a.get("sinks"))
         if context == "ring":
             how = Ring(axis, parts, zigzag, mask.causal, mask.window, **options)
-            return ring(how, type(mask), q, k, v, (positions, segments), a.get("sinks"))
+            return ring(how, type(mask), q, k, v, (positions, segments), a.get("sinks"), a["here"][0])
 
         def whole(x: Array | None) -> Array | None:
             return None if x is None else jax.lax.all_gather(x, axis, axis=1, tiled=True)
@@ -239,6 +243,7 @@ def ring(
     v_BSKH: Array,
     where: Where,
     sinks_N: Array | None,
+    here: Array,
 ) -> Array:
     """Attention of this device's queries to the keys of all devices of a ring; softmax summed as they pass.
 
@@ -250,8 +255,9 @@ def ring(
         q_BTNH, k_BSKH, v_BSKH: this device's columns.
         where: their positions and segments.
         sinks_N: an extra logit a head.
+        here: number of this device in the ring.
     """
-    return _ring_forward(how, mask, q_BTNH, k_BSKH, v_BSKH, where, sinks_N)[0]
+    return _ring_forward(how, mask, q_BTNH, k_BSKH, v_BSKH, where, sinks_N, here)[0]
 
 
 def _pass_on(how: Ring, tree: Any) -> Any:
@@ -286,14 +292,15 @@ def _unblock(x: Array, axis: int) -> Array:
     return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
 
-def _hops(how: Ring, visit: Callable[..., Any], carry: Any, travelling: Any, T: int) -> tuple[Any, Any]:
+def _hops(
+    how: Ring, visit: Callable[..., Any], carry: Any, travelling: Any, T: int, here: Array
+) -> tuple[Any, Any]:
     """Fold `visit(carry, travelling, rows, keys)` over all hops, own columns first; what travels comes home.
 
     `rows` and `keys` are the slices of queries and of keys that can see each other.
     """
     everything, half = slice(0, T), T // 2
     carry, travelling = visit(carry, travelling, everything, everything)
-    mine = jax.lax.axis_index(how.axis)
 
     def hop(state: Any, j: Array) -> tuple[Any, None]:
         carry, travelling = state
@@ -304,7 +311,7 @@ def _hops(how: Ring, visit: Callable[..., Any], carry: Any, travelling: Any, T: 
         # later device, both are seen by my late chunk alone.
         early = lambda c, t: visit(c, t, everything, slice(0, half))  # noqa: E731
         late = lambda c, t: visit(c, t, slice(half, T), everything)  # noqa: E731
-        return jax.lax.cond(mine >= j, early, late, carry, travelling), None
+        return jax.lax.cond(here >= j, early, late, carry, travelling), None
 
     (carry, travelling), _ = jax.lax.scan(hop, (carry, travelling), jnp.arange(1, how.size))
     return carry, _pass_on(how, travelling)
@@ -319,7 +326,7 @@ def _at(where: Where, part: slice) -> Where:
     return where[0][:, part], None if where[1] is None else where[1][:, part]
 
 
-def _ring_forward(how: Ring, mask: Callable[..., Any], q_BTNH, k_BSKH, v_BSKH, where, sinks_N):
+def _ring_forward(how: Ring, mask: Callable[..., Any], q_BTNH, k_BSKH, v_BSKH, where, sinks_N, here):
     (B, T, N, H), K = q_BTNH.shape, k_BSKH.shape[2]
     q = _heads_first(q_BTNH * how.scale, K)
     k, v = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
@@ -350,10 +357,11 @@ def _ring_forward(how: Ring, mask: Callable[..., Any], q_BTNH, k_BSKH, v_BSKH, w
     if sinks_N is not None:  # a key without a value
         top, total = jnp.broadcast_to(_per_head(sinks_N, K), top.shape), jnp.ones_like(top)
     carry = jnp.zeros((B, K, N // K, T, H), jnp.float32), top, total
-    (out, top, total), _ = _hops(how, visit, carry, (k, v, where), T)
+    (out, top, total), _ = _hops(how, visit, carry, (k, v, where), T, here)
     out = (out / total[..., None]).astype(how.dtype)
     out_BTNH = out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
-    return out_BTNH, (q_BTNH, k_BSKH, v_BSKH, where, sinks_N, out_BTNH, top + jnp.log(total))
+    saved = (q_BTNH, k_BSKH, v_BSKH, where, sinks_N, here, out_BTNH, top + jnp.log(total))
+    return out_BTNH, saved
 
 
 def _per_head(sinks_N: Array, K: int) -> Array:
@@ -361,7 +369,7 @@ def _per_head(sinks_N: Array, K: int) -> Array:
 
 
 def _ring_backward(how: Ring, mask: Callable[..., Any], saved: tuple, g_BTNH: Array) -> tuple:
-    q_BTNH, k_BSKH, v_BSKH, where, sinks_N, out_BTNH, lse = saved
+    q_BTNH, k_BSKH, v_BSKH, where, sinks_N, here, out_BTNH, lse = saved
     (B, T, N, H), K = q_BTNH.shape, k_BSKH.shape[2]
     q, g, out = (_heads_first(x, K) for x in (q_BTNH * how.scale, g_BTNH, out_BTNH))
     k, v = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
@@ -393,14 +401,14 @@ def _ring_backward(how: Ring, mask: Callable[..., Any], saved: tuple, g_BTNH: Ar
         return dq, ((all_k, all_v, all_at), (dk, dv))
 
     zeros = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    dq, (_, (dk, dv)) = _hops(how, visit, jnp.zeros(q.shape, jnp.float32), ((k, v, where), zeros), T)
+    dq, (_, (dk, dv)) = _hops(how, visit, jnp.zeros(q.shape, jnp.float32), ((k, v, where), zeros), T, here)
     dq_BTNH = (dq * how.scale).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q_BTNH.dtype)
     dk, dv = (d.transpose(0, 2, 1, 3).astype(like.dtype) for d, like in ((dk, k_BSKH), (dv, v_BSKH)))
     d_sinks = None
     if sinks_N is not None:
         share = jnp.exp(_per_head(sinks_N, K) - lse)
         d_sinks = -jnp.sum(share * delta, axis=(0, 3)).reshape(N).astype(sinks_N.dtype)
-    return dq_BTNH, dk, dv, None, d_sinks
+    return dq_BTNH, dk, dv, None, d_sinks, None
 
 
 ring.defvjp(_ring_forward, _ring_backward)
