@@ -87,8 +87,8 @@ def quantize(x: Array, axes: Sequence[int], dtype: str) -> tuple[Array, Array]:
     """
     x = x.astype(jnp.float32)
     top = jnp.max(jnp.abs(x), axis=tuple(axes), keepdims=True)
-    # A row of zeros has no scale of its own; any does.
-    scale = jnp.where(top > 0, top, 1.0) / largest(dtype)
+    # A row of zeros has no scale of its own; any does. That of NaN is NaN: as int8, NaN itself would be 0.
+    scale = jnp.where(top == 0, 1.0, top) / largest(dtype)
     y = jnp.clip(x / scale, -largest(dtype), largest(dtype))
     return (jnp.round(y) if dtype == "int8" else y).astype(dtype), scale
 

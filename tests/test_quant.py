@@ -77,6 +77,20 @@ def test_the_largest_number_is_kept_and_rounding_is_to_nearest():
         assert (error <= step * np.asarray(scale) * 1.0001).all()
 
 
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_stays_so(name, bad):
+    """In values and gradients, of an activation as of an incoming gradient: a guard must see it."""
+    x, w, g = operands()
+    product = lambda x: matmul("BTD,DNH->BTNH", x, Quantized(w, name))  # noqa: E731
+    y, back = jax.vjp(product, x)
+    assert np.isfinite(y).all()
+    x[1, 4, 3] = g[0, 2, 1, 1] = bad
+    assert not np.isfinite(product(x)[1, 4]).any()
+    assert np.isfinite(product(x)[1, 5]).all()
+    assert not np.isfinite(back(g)[0][0, 2]).all()
+
+
 def test_the_products_reach_the_compiler_in_eight_bits():
     x, w, g = operands()
     loss = lambda x, w: jnp.sum(matmul("BTD,DNH->BTNH", x, Quantized(w, "int8_full")) * g)  # noqa: E731
