@@ -35,10 +35,15 @@ def get_config(size: str = "full") -> ConfigDict:
     model.mlp_bias = False  # biases in the dense MLPs
     model.norm = "rmsnorm"  # rmsnorm | layernorm
     model.norm_eps = 1e-06  # added to the variance
-    model.norm_position = "pre"  # pre: x + f(n(x)) | post: n(x + f(x)) | sandwich: x + n(f(n(x)))
+    model.norm_offset = False  # norms multiply by 1 + scale (Gemma)
+    model.norm_position = "pre"  # pre: x + f(n(x)) | post: n(x + f(x)) | branch: x + n(f(x)) | sandwich: both
     model.parallel_block = False  # x + attention(n(x)) + mlp(n(x)), one norm (GPT-J, PaLM)
+    model.parallel_norms = False  # the MLP of a parallel block has a norm of its own (GPT-NeoX)
+    model.embed_norm = False  # a norm right after the embeddings (BLOOM, BERT)
+    model.head_bias = False  # a bias on the logits
     model.tie_embeddings = False  # the head is the embedding table
     model.scale_embeddings = False  # embeddings times sqrt(D) (Gemma)
+    model.logit_scale = 1.0  # logits are multiplied by it
     model.logit_softcap = 0.0  # logits become c tanh(logits / c); 0 = off
     model.dropout = 0.0  # of the embeddings and of each branch before it is added
     model.causal = True  # False: every position sees its whole segment
@@ -63,7 +68,12 @@ def get_config(size: str = "full") -> ConfigDict:
     model.attention.pattern = ("global",)  # one period of layers, each 'global' or 'local'
     model.attention.window = 0  # tokens that a local layer sees, itself included
     model.attention.softcap = 0.0  # scores become c tanh(scores / c); 0 = off (Gemma 2)
-    model.attention.qk_norm = False  # RMSNorm of each query and key head before the rotation
+    model.attention.qk_norm = False  # normalise queries and keys before the rotation
+    model.attention.qk_norm_kind = "rmsnorm"
+    model.attention.qk_norm_over = (
+        "head"  # head | heads (each with a scale of its own) | all (of them together)
+    )
+    model.attention.clip_qkv = 0.0  # queries, keys and values are clipped to this size; 0 = off (OLMo, MPT)
     # one learned extra logit a head that takes weight and gives nothing (GPT-OSS)
     model.attention.sinks = False
     model.attention.qkv_bias = False  # biases on the query, key and value projections
@@ -88,8 +98,11 @@ def get_config(size: str = "full") -> ConfigDict:
     model.position.high_freq_factor = 4.0  # llama3: wavelengths below original_length / this are left alone
     model.position.beta_fast = 32.0  # yarn: pairs with more turns than this in original_length are left alone
     model.position.beta_slow = 1.0  # yarn: pairs with fewer turns than this are fully interpolated
+    model.position.beta_round = True  # yarn: the pairs of these numbers of turns are rounded outwards
     model.position.attention_factor = 0.0  # multiplies cos and sin; 0 = by formula (yarn: 0.1 ln factor + 1)
-    model.position.max_length = 0  # rows of the learned table
+    model.position.max_length = 0  # positions in the learned table
+    model.position.offset = 0  # learned: row of position 0 (OPT: 2)
+    model.position.bias_scale = 1.0  # alibi: multiplies the slopes
     model.position.num_buckets = 32  # t5: rows of the bias table
     model.position.max_distance = 128  # t5: distances from here on share the last bucket
 
@@ -97,6 +110,8 @@ def get_config(size: str = "full") -> ConfigDict:
     model.moe.top_k = 2  # experts per token
     model.moe.expert_dim = 0  # width of each expert; 0 = mlp_dim
     model.moe.shared_experts = 0  # experts that every token passes through, each expert_dim wide
+    model.moe.shared_dim = 0  # width of all shared experts together; 0 = shared_experts times an expert's
+    model.moe.shared_gate = False  # their output times sigmoid(x w), a number per token (Qwen2-MoE)
     model.moe.router = "softmax"  # scores: softmax over experts | sigmoid of each (DeepSeek-V3)
     model.moe.normalize = True  # weights of the chosen experts sum to 1 (times routed_scale)
     model.moe.routed_scale = 1.0  # multiplies the weights

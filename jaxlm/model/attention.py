@@ -13,13 +13,13 @@ from jaxlm.errors import check, check_choice
 from jaxlm.model.backends import BACKENDS, attend
 from jaxlm.model.cache import LayerCache, write
 from jaxlm.model.context_parallel import CONTEXTS, attend_split
-from jaxlm.model.layers import Norm, normal_init
+from jaxlm.model.layers import NORMS, Norm, normal_init
 from jaxlm.model.masks import Mask
 from jaxlm.model.positions import rotate
 from jaxlm.sharding import constrain, split_axes
 from jaxlm.weights import matmul
 
-KINDS = ("global", "local")
+KINDS = ("global", "local", "nope")  # nope: sees everything, and its heads are not rotated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +29,13 @@ class AttentionConfig:
     num_heads: int = 4  # query heads N
     num_kv_heads: int = 0  # key/value heads K, a divisor of num_heads (1 = MQA); 0 = num_heads
     head_dim: int = 0  # H; 0 = model_dim / num_heads
-    pattern: tuple[str, ...] = ("global",)  # one period of layers, each 'global' or 'local'
+    pattern: tuple[str, ...] = ("global",)  # one period of layers, each 'global', 'local' or 'nope'
     window: int = 0  # tokens that a local layer sees, itself included
     softcap: float = 0.0  # scores become c tanh(scores / c); 0 = off (Gemma 2)
-    qk_norm: bool = False  # RMSNorm of each query and key head before the rotation
+    qk_norm: bool = False  # normalise queries and keys before the rotation
+    qk_norm_kind: str = "rmsnorm"  # name in jaxlm.model.layers.NORMS
+    qk_norm_over: str = "head"  # head | heads (each with a scale of its own) | all (of them together)
+    clip_qkv: float = 0.0  # queries, keys and values are clipped to this size; 0 = off (OLMo, MPT)
     sinks: bool = False  # one learned extra logit a head that takes weight and gives nothing (GPT-OSS)
     qkv_bias: bool = False  # biases on the query, key and value projections
     out_bias: bool = False  # bias on the output projection
@@ -56,7 +59,13 @@ class AttentionConfig:
             "local" not in self.pattern or self.window >= 1,
             f"model.attention.window={self.window} must be at least 1, as the pattern has local layers",
         )
-        check(self.softcap >= 0.0, f"model.attention.softcap={self.softcap} must not be negative")
+        for name in ("softcap", "clip_qkv"):
+            check(
+                getattr(self, name) >= 0.0,
+                f"model.attention.{name}={getattr(self, name)} must not be negative",
+            )
+        check_choice(self.qk_norm_kind, NORMS, "model.attention.qk_norm_kind")
+        check_choice(self.qk_norm_over, ("head", "heads", "all"), "model.attention.qk_norm_over")
         check_choice(self.backend, BACKENDS, "model.attention.backend")
         for name in ("tile_q", "tile_k"):
             size = getattr(self, name)
@@ -95,8 +104,10 @@ class Attention(nn.Module):
     window: int  # 0 = sees everything
     causal: bool
     cross: bool
+    rotates: bool  # queries and keys turn with their positions, where the model has a rotation
     interleaved: bool  # pairing of the rotation
     norm_eps: float
+    norm_offset: bool
     init_std: Callable[[int], float]
     out_scale: float
     dtype: str
@@ -119,15 +130,24 @@ class Attention(nn.Module):
             if cfg.qkv_bias:
                 b_NH = self.param(f"b{name}", nn.initializers.zeros, (heads, H), self.param_dtype)
                 y = y + b_NH.astype(self.dtype)
-            return y
+            return jnp.clip(y, -cfg.clip_qkv, cfg.clip_qkv) if cfg.clip_qkv else y
+
+        def normalised(name: str, x_BTNH: Array) -> Array:
+            heads = x_BTNH.shape[2]
+            rows = heads if cfg.qk_norm_over == "heads" else 1
+            norm = Norm(
+                cfg.qk_norm_kind, self.norm_eps, self.param_dtype, self.norm_offset, rows, name=f"{name}_norm"
+            )
+            if cfg.qk_norm_over == "all":
+                return norm(x_BTNH.reshape(*x_BTNH.shape[:2], heads * H)).reshape(x_BTNH.shape)
+            return norm(x_BTNH)
 
         source = ctx.memory_BSD if self.cross else x_BTD
         with jax.named_scope("qkv"):
             q_BTNH, k_BSKH, v_BSKH = project("q", x_BTD, N), project("k", source, K), project("v", source, K)
         if cfg.qk_norm:
-            q_BTNH = Norm("rmsnorm", self.norm_eps, self.param_dtype, name="q_norm")(q_BTNH)
-            k_BSKH = Norm("rmsnorm", self.norm_eps, self.param_dtype, name="k_norm")(k_BSKH)
-        if ctx.rotation is not None and not self.cross:
+            q_BTNH, k_BSKH = normalised("q", q_BTNH), normalised("k", k_BSKH)
+        if ctx.rotation is not None and self.rotates:
             with jax.named_scope("rope"):
                 cos, sin = ctx.rotation["local" if self.window else "global"]
                 q_BTNH = rotate(q_BTNH, cos, sin, self.interleaved)

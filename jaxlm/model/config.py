@@ -8,7 +8,7 @@ from jaxlm.model import positions as pos
 from jaxlm.model.attention import AttentionConfig
 from jaxlm.model.backends import check_backend
 from jaxlm.model.context_parallel import check_context
-from jaxlm.model.layers import ACTIVATIONS
+from jaxlm.model.layers import ACTIVATIONS, NORMS
 from jaxlm.model.moe import MoEConfig
 from jaxlm.model.positions import PositionConfig
 from jaxlm.quant import FORMATS
@@ -29,12 +29,17 @@ class TransformerConfig:
     mlp_pattern: tuple[str, ...] = ("dense",)  # one period of layers, each 'dense' or 'moe'
     activation: str = "swiglu"  # name in jaxlm.model.layers.ACTIVATIONS
     mlp_bias: bool = False  # biases in the dense MLPs
-    norm: str = "rmsnorm"  # rmsnorm | layernorm
+    norm: str = "rmsnorm"  # rmsnorm | layernorm | layernorm_scale (no bias) | layernorm_plain (neither)
+    norm_offset: bool = False  # norms multiply by 1 + scale (Gemma)
     norm_eps: float = 1e-6  # added to the variance
-    norm_position: str = "pre"  # pre: x + f(n(x)) | post: n(x + f(x)) | sandwich: x + n(f(n(x)))
+    norm_position: str = "pre"  # pre: x + f(n(x)) | post: n(x + f(x)) | branch: x + n(f(x)) | sandwich: both
     parallel_block: bool = False  # x + attention(n(x)) + mlp(n(x)), one norm (GPT-J, PaLM)
+    parallel_norms: bool = False  # the MLP of a parallel block has a norm of its own (GPT-NeoX)
+    embed_norm: bool = False  # a norm right after the embeddings (BLOOM, BERT)
+    head_bias: bool = False  # a bias on the logits
     tie_embeddings: bool = False  # the head is the embedding table
     scale_embeddings: bool = False  # embeddings times sqrt(D) (Gemma)
+    logit_scale: float = 1.0  # logits are multiplied by it
     logit_softcap: float = 0.0  # logits become c tanh(logits / c); 0 = off
     dropout: float = 0.0  # of the embeddings and of each branch before it is added
     causal: bool = True  # False: every position sees its whole segment
@@ -58,8 +63,8 @@ class TransformerConfig:
             check(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)} must be at least 1")
         check(self.mlp_dim >= 0, f"model.mlp_dim={self.mlp_dim} must not be negative")
         check_choice(self.activation, ACTIVATIONS, "model.activation")
-        check_choice(self.norm, ("rmsnorm", "layernorm"), "model.norm")
-        check_choice(self.norm_position, ("pre", "post", "sandwich"), "model.norm_position")
+        check_choice(self.norm, NORMS, "model.norm")
+        check_choice(self.norm_position, ("pre", "post", "sandwich", "branch"), "model.norm_position")
         check_choice(self.remat, REMAT, "model.remat")
         has_moe = "moe" in self.mlp_pattern
         for name in ("dtype", "param_dtype", "accum_dtype"):
@@ -86,6 +91,11 @@ class TransformerConfig:
             not (self.parallel_block and self.norm_position != "pre"),
             f"model.parallel_block needs norm_position='pre', got {self.norm_position!r}",
         )
+        check(
+            self.parallel_block or not self.parallel_norms,
+            "model.parallel_norms=True needs parallel_block=True",
+        )
+        check(self.logit_scale > 0, f"model.logit_scale={self.logit_scale} must be positive")
         heads = self.attention.num_heads
         if not self.attention.head_dim and self.model_dim % heads:
             raise UserError(

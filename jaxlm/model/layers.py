@@ -23,8 +23,18 @@ ACTIVATIONS: dict[str, tuple[Callable[[Array], Array], bool]] = {
     "relu": (jax.nn.relu, False),
     "relu2": (relu2, False),
     "silu": (jax.nn.silu, False),
+    "quick_gelu": (lambda x: x * jax.nn.sigmoid(1.702 * x), False),
     "swiglu": (jax.nn.silu, True),
     "geglu": (partial(jax.nn.gelu, approximate=True), True),
+    "geglu_exact": (partial(jax.nn.gelu, approximate=False), True),
+    "reglu": (jax.nn.relu, True),
+}
+# name -> (subtracts the mean, has a scale, has a bias)
+NORMS: dict[str, tuple[bool, bool, bool]] = {
+    "rmsnorm": (False, True, False),
+    "layernorm": (True, True, True),
+    "layernorm_scale": (True, True, False),
+    "layernorm_plain": (True, False, False),
 }
 
 Initializer = Callable[..., Array]
@@ -53,23 +63,29 @@ class Norm(nn.Module):
     Statistics in fp32; the result in the input's dtype. Normalises the last axis.
     """
 
-    kind: str
+    kind: str  # name in `NORMS`
     eps: float
     param_dtype: str = "float32"
+    offset: bool = False  # the factor is 1 + scale
+    rows: int = 1  # scale and bias hold a row for each index of the last axis but one
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        dim = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (dim,), self.param_dtype)
+        centred, scaled, biased = NORMS[self.kind]
         y = x.astype(jnp.float32)
-        if self.kind == "layernorm":
-            bias = self.param("bias", nn.initializers.zeros, (dim,), self.param_dtype)
+        if centred:
             y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-        y = y * scale.astype(jnp.float32)
-        if self.kind == "layernorm":
-            y = y + bias.astype(jnp.float32)
+        if scaled:
+            start = nn.initializers.zeros if self.offset else nn.initializers.ones
+            y = y * (self._vector("scale", start, x) + (1.0 if self.offset else 0.0))
+        if biased:
+            y = y + self._vector("bias", nn.initializers.zeros, x)
         return y.astype(x.dtype)
+
+    def _vector(self, name: str, init: Initializer, x: Array) -> Array:
+        v = self.param(name, init, (self.rows * x.shape[-1],), self.param_dtype)
+        return (v if self.rows == 1 else v.reshape(self.rows, x.shape[-1])).astype(jnp.float32)
 
 
 class MLP(nn.Module):
@@ -100,7 +116,11 @@ class MLP(nn.Module):
                 h_BTF = h_BTF + b_up_F.astype(self.dtype)
             if gated:
                 w_gate_DF = self.param("w_gate", up_init, (dim, self.mlp_dim), self.param_dtype)
-                h_BTF = fn(matmul("BTD,DF->BTF", x_BTD, w_gate_DF, out=hidden_axes, **dtypes)) * h_BTF
+                g_BTF = matmul("BTD,DF->BTF", x_BTD, w_gate_DF, out=hidden_axes, **dtypes)
+                if self.bias:
+                    b_gate_F = self.param("b_gate", nn.initializers.zeros, (self.mlp_dim,), self.param_dtype)
+                    g_BTF = g_BTF + b_gate_F.astype(self.dtype)
+                h_BTF = fn(g_BTF) * h_BTF
             else:
                 h_BTF = fn(h_BTF)
         w_down_FD = self.param("w_down", down_init, (self.mlp_dim, dim), self.param_dtype)

@@ -38,6 +38,8 @@ class MoEConfig:
     top_k: int = 2  # experts per token
     expert_dim: int = 0  # width of each expert; 0 = mlp_dim
     shared_experts: int = 0  # experts that every token passes through, each expert_dim wide
+    shared_dim: int = 0  # width of all shared experts together; 0 = shared_experts times an expert's
+    shared_gate: bool = False  # their output times sigmoid(x w), a number per token (Qwen2-MoE)
     router: str = "softmax"  # scores: softmax over experts | sigmoid of each (DeepSeek-V3)
     normalize: bool = True  # weights of the chosen experts sum to 1 (times routed_scale)
     routed_scale: float = 1.0  # multiplies the weights
@@ -59,6 +61,7 @@ class MoEConfig:
             "num_experts",
             "expert_dim",
             "shared_experts",
+            "shared_dim",
             "load_balance",
             "router_z",
             "buffer_factor",
@@ -264,13 +267,18 @@ class MoE(nn.Module):
         else:
             y_BTD, dropped = self._dispatch(x_BTD, mask_BT, routing, experts)
         if cfg.shared_experts:
-            shared = self._parameters("shared_", (), dim, cfg.shared_experts * width)
+            shared = self._parameters("shared_", (), dim, cfg.shared_dim or cfg.shared_experts * width)
             with jax.named_scope("shared_experts"):
-                y_BTD = y_BTD + self._mlp(
+                shared_BTD = self._mlp(
                     shared,
                     lambda w_DF: self._matmul("BTD,DF->BTF", x_BTD, w_DF, ("batch", "length", "mlp")),
                     lambda h_BTF, w_FD: self._matmul("BTF,FD->BTD", h_BTF, w_FD),
                 )
+                if cfg.shared_gate:
+                    gate_D1 = self.param("shared_gate", router_init, (dim, 1), self.param_dtype)
+                    gate_BT1 = self.router_scale * self._matmul("BTD,DO->BTO", x_BTD, gate_D1)
+                    shared_BTD *= jax.nn.sigmoid(gate_BT1)
+                y_BTD = y_BTD + shared_BTD
         return y_BTD, auxiliary(cfg, routing, mask_BT, dropped, bias_E)
 
     def _parameters(self, prefix: str, lead: tuple[int, ...], dim: int, width: int) -> dict[str, Array]:

@@ -43,7 +43,7 @@ LEAVES: dict[str, str] = {
     "hidden": r"(^|/)((cross_)?attention/w[qkvo]|mlp/w_\w+|moe/(shared_)?w_\w+)$",
     "vector": r"(^|/)(scale|bias|sinks|b[qkvo]|b_\w+)$|(^|/)position_bias/",
     "head": r"(^|/)head/",
-    "router": r"(^|/)router_w$",
+    "router": r"(^|/)(router_w|shared_gate)$",
 }
 IN_BLOCKS = r"(^|/)(blocks|tail)/"
 

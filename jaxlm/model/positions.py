@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 from jaxlm.errors import UserError, check, check_choice
 
 KINDS = ("rope", "alibi", "learned", "sinusoidal", "t5", "none")
-SCALINGS = ("none", "linear", "ntk", "yarn", "llama3")
+SCALINGS = ("none", "linear", "ntk", "dynamic", "yarn", "llama3")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,15 +26,18 @@ class PositionConfig:
     local_theta: float = 0.0  # RoPE base of local layers, then not scaled; 0 = as global layers
     fraction: float = 1.0  # leading share of head_dim that rotates (partial RoPE)
     interleaved: bool = False  # pairs are (0, 1), (2, 3).. as in GPT-J; default pairs are (i, i + R/2)
-    scaling: str = "none"  # context extension: none | linear | ntk | yarn | llama3
+    scaling: str = "none"  # context extension: none | linear | ntk | dynamic | yarn | llama3
     factor: float = 1.0  # context extension ratio, >= 1
-    original_length: int = 0  # tokens of context before extension (yarn, llama3)
+    original_length: int = 0  # tokens of context before extension (dynamic, yarn, llama3)
     low_freq_factor: float = 1.0  # llama3: wavelengths above original_length / this are fully interpolated
     high_freq_factor: float = 4.0  # llama3: wavelengths below original_length / this are left alone
     beta_fast: float = 32.0  # yarn: pairs with more turns than this in original_length are left alone
     beta_slow: float = 1.0  # yarn: pairs with fewer turns than this are fully interpolated
+    beta_round: bool = True  # yarn: the pairs of these numbers of turns are rounded outwards to whole ones
     attention_factor: float = 0.0  # multiplies cos and sin; 0 = by formula (yarn: 0.1 ln factor + 1)
-    max_length: int = 0  # rows of the learned table
+    max_length: int = 0  # positions in the learned table
+    offset: int = 0  # learned: row of position 0 (OPT: 2)
+    bias_scale: float = 1.0  # alibi: multiplies the slopes
     num_buckets: int = 32  # t5: rows of the bias table
     max_distance: int = 128  # t5: distances from here on share the last bucket
 
@@ -43,11 +46,12 @@ class PositionConfig:
         check_choice(self.scaling, SCALINGS, "position.scaling")
         for name in ("theta", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "must be > 0")
-        for name in ("local_theta", "attention_factor", "original_length", "max_length"):
+        for name in ("local_theta", "attention_factor", "original_length", "max_length", "offset"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "must be >= 0")
         _require(0 < self.fraction <= 1, "fraction", self.fraction, "must be in (0, 1]")
         _require(self.factor >= 1, "factor", self.factor, "must be >= 1 (the context grows by it)")
-        if self.scaling in ("yarn", "llama3"):
+        _require(self.bias_scale > 0, "bias_scale", self.bias_scale, "must be > 0")
+        if self.scaling in ("dynamic", "yarn", "llama3"):
             _require(
                 self.original_length > 0,
                 "original_length",
@@ -125,6 +129,7 @@ def rope_frequencies(
         ntk     theta -> theta * s ** (R / (R - 2)): the slowest pair is interpolated by s, the fastest not
         yarn    f_i / s * (1 - g_i) + f_i * g_i; g = 1 for pairs that turn > beta_fast times in L, 0 for
                 < beta_slow, linear in the pair's index between (ends rounded as in the authors' code)
+        dynamic f_i here; see `dynamic_frequencies`
         llama3  f_i for l_i < L / high_freq_factor, f_i / s for l_i > L / low_freq_factor, and between them
                 blended linearly in L / l_i
 
@@ -170,14 +175,31 @@ def rope_frequencies(
     return inv_freq.astype(np.float32), float(factor)
 
 
+def dynamic_frequencies(
+    cfg: PositionConfig, head_dim: int, positions_BT: Int[Array, "B T"]
+) -> Float32[Array, " R/2"]:
+    """Frequencies of the ntk scaling that a batch needs: for n positions, the base grows once n exceeds L.
+
+        theta -> theta * (s n / L - (s - 1)) ** (R / (R - 2)),  n at least L
+
+    Keys that were cached under a shorter n keep the rotation that they got, as elsewhere.
+    """
+    dim = rotary_dim(cfg, head_dim)
+    n = jnp.maximum(jnp.max(positions_BT) + 1, cfg.original_length).astype(jnp.float32)
+    theta = cfg.theta * (cfg.factor * n / cfg.original_length - (cfg.factor - 1)) ** (dim / (dim - 2))
+    return theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
+
+
 def _yarn_ramp(cfg: PositionConfig, theta: float, dim: int) -> np.ndarray:
     """Share of interpolation of every pair: 0 for fast pairs, 1 for slow ones."""
 
     def pair_of(turns):  # index of the pair that makes this many turns in the original context
         return dim * math.log(cfg.original_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = max(math.floor(pair_of(cfg.beta_fast)), 0)
-    high = min(math.ceil(pair_of(cfg.beta_slow)), dim - 1)
+    low, high = pair_of(cfg.beta_fast), pair_of(cfg.beta_slow)
+    if cfg.beta_round:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
     width = max(high - low, 0.001)  # both ends on one pair: a step
     return np.clip((np.arange(dim // 2) - low) / width, 0.0, 1.0)
 

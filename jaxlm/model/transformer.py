@@ -52,22 +52,23 @@ AXES: dict[str, tuple[str | None, ...]] = {
     "attention/bv": ("kv_heads", "head_dim"),
     "attention/bo": ("norm",),
     "attention/sinks": ("heads",),
-    "q_norm/scale": ("norm",),
-    "k_norm/scale": ("norm",),
     "mlp/w_up": ("embed", "mlp"),
     "mlp/w_gate": ("embed", "mlp"),
     "mlp/w_down": ("mlp", "embed"),
     "mlp/b_up": ("mlp",),
+    "mlp/b_gate": ("mlp",),
     "mlp/b_down": ("norm",),
     "moe/router_w": ("embed", None),
     "moe/router_bias": (None,),
     "moe/w_gate": ("experts", "embed", "expert_mlp"),
     "moe/w_up": ("experts", "embed", "expert_mlp"),
     "moe/w_down": ("experts", "expert_mlp", "embed"),
+    "moe/shared_gate": ("embed", None),
     "moe/shared_w_gate": ("embed", "mlp"),
     "moe/shared_w_up": ("embed", "mlp"),
     "moe/shared_w_down": ("mlp", "embed"),
     "head/w": ("embed", "vocab"),
+    "head/b": ("vocab",),
 }
 for _name in (
     "attention_norm",
@@ -76,15 +77,22 @@ for _name in (
     "cross_post_norm",
     "mlp_norm",
     "mlp_post_norm",
+    "embed_norm",
+    "final_norm",
+    "q_norm",
+    "k_norm",
 ):
     AXES[f"{_name}/scale"] = AXES[f"{_name}/bias"] = ("norm",)
-AXES["final_norm/scale"] = AXES["final_norm/bias"] = ("norm",)
 for _leaf in ("wq", "wk", "wv", "wo", "bq", "bk", "bv", "bo", "sinks"):
     AXES[f"cross_attention/{_leaf}"] = AXES[f"attention/{_leaf}"]
 
 
 STREAM = ("batch", "residual", "activation")  # of the residual stream, between blocks
 EXACT = ("moe/router_w",)  # leaves that are used in their own dtype, not in the model's
+
+
+def _norm(cfg: TransformerConfig, name: str | None = None) -> Norm:
+    return Norm(cfg.norm, cfg.norm_eps, cfg.param_dtype, cfg.norm_offset, name=name)
 
 
 class Block(nn.Module):
@@ -114,15 +122,15 @@ class Block(nn.Module):
         aux: Aux = {}
 
         def norm(name: str, x: Array) -> Array:
-            return Norm(cfg.norm, cfg.norm_eps, cfg.param_dtype, name=name)(x)
+            return _norm(cfg, name=name)(x)
 
         def before(name: str, x: Array) -> Array:
-            x = x if cfg.norm_position == "post" else norm(f"{name}_norm", x)
+            x = norm(f"{name}_norm", x) if cfg.norm_position in ("pre", "sandwich") else x
             # Here the columns of the stream come together; what flows back is summed into parts again.
             return constrain(x, *STREAM[:1], "length", *STREAM[2:], gradient=STREAM)
 
         def add(name: str, x: Array, branch: Array, key: Array | None) -> Array:
-            if cfg.norm_position == "sandwich":
+            if cfg.norm_position in ("sandwich", "branch"):
                 branch = norm(f"{name}_post_norm", branch)
             if rule["residual"].output != 1.0:
                 branch = branch * rule["residual"].output
@@ -138,8 +146,10 @@ class Block(nn.Module):
                 window=cfg.attention.window if self.attention == "local" and not cross else 0,
                 causal=cfg.causal,
                 cross=cross,
+                rotates=self.attention != "nope" and not cross,
                 interleaved=cfg.position.interleaved,
                 norm_eps=cfg.norm_eps,
+                norm_offset=cfg.norm_offset,
                 name=name,
                 **shared,
             )
@@ -159,7 +169,7 @@ class Block(nn.Module):
         if cfg.parallel_block:
             y_BTD = before("attention", x_BTD)
             attended, cache = attention("attention", y_BTD, cache, cross=False)
-            fed, aux = feed_forward(y_BTD)
+            fed, aux = feed_forward(before("mlp", x_BTD) if cfg.parallel_norms else y_BTD)
             return add("attention", x_BTD, attended + fed, keys[0]), cache, aux
         attended, cache = attention("attention", before("attention", x_BTD), cache, cross=False)
         x_BTD = add("attention", x_BTD, attended, keys[0])
@@ -215,18 +225,21 @@ def init(cfg: TransformerConfig, key: Array, *, init_scale: Float[Array, ""] | f
             for j in range(cfg.num_layers - repeats * P)
         }
     if cfg.position.kind == "learned":
-        shape = (cfg.position.max_length, D)
+        shape = (cfg.position.offset + cfg.position.max_length, D)
         params["embed"]["positions"] = embedding_init(position_key, shape, cfg.param_dtype)
     if cfg.position.kind == "t5":
         shape = (cfg.position.num_buckets, cfg.attention.num_heads)
         params["position_bias"] = {
             "table": normal_init(initial_std(cfg, "vector", D))(position_key, shape, cfg.param_dtype)
         }
-    if cfg.norm_position != "post":
-        norm = Norm(cfg.norm, cfg.norm_eps, cfg.param_dtype)
-        params["final_norm"] = norm.init(head_key, x_BTD)["params"]
+    if (norm := _norm(cfg).init(head_key, x_BTD)) and cfg.norm_position != "post":
+        params["final_norm"] = norm["params"]
+    if norm and cfg.embed_norm:
+        params["embed_norm"] = norm["params"]
     if not cfg.tie_embeddings:
         params["head"] = {"w": normal_init(initial_std(cfg, "head", D))(head_key, (D, V), cfg.param_dtype)}
+    if cfg.head_bias:
+        params.setdefault("head", {})["b"] = jnp.zeros((V,), cfg.param_dtype)
     if isinstance(init_scale, float) and init_scale == 1.0:
         return params
     # Norms start at 1 and are not drawn; biases start at 0.
@@ -253,9 +266,11 @@ def _context(
         rotation = {}
         for kind in set(cfg.attention.pattern):
             frequencies, factor = pos.rope_frequencies(p, cfg.head_dim, local=kind == "local")
+            if p.scaling == "dynamic":
+                frequencies = pos.dynamic_frequencies(p, cfg.head_dim, positions_BT)
             rotation[kind] = pos.rope_tables(positions_BT, frequencies, factor)
     elif p.kind == "alibi":
-        slopes_N = pos.alibi_slopes(cfg.attention.num_heads)
+        slopes_N = pos.alibi_slopes(cfg.attention.num_heads) * p.bias_scale
         bias = lambda q, k: pos.alibi_bias(q, k, slopes_N)  # noqa: E731
     elif p.kind == "t5" and position_table is not None:
 
@@ -277,11 +292,14 @@ def embed(
         scale = cfg.model_dim**0.5 * rules(cfg)["embedding"].output
         x_BTD = x_BTD * jnp.asarray(scale, x_BTD.dtype)
     if cfg.position.kind == "learned":
+        rows_BT = positions_BT + cfg.position.offset
         x_BTD = x_BTD + gather(
-            params["embed"]["positions"], positions_BT, AXES["embed/positions"], dtype=cfg.dtype
+            params["embed"]["positions"], rows_BT, AXES["embed/positions"], dtype=cfg.dtype
         )
     elif cfg.position.kind == "sinusoidal":
         x_BTD = x_BTD + pos.sinusoidal(positions_BT, cfg.model_dim).astype(cfg.dtype)
+    if cfg.embed_norm:
+        x_BTD = _norm(cfg).apply({"params": params.get("embed_norm", {})}, x_BTD)
     return constrain(x_BTD, *STREAM)
 
 
@@ -385,8 +403,7 @@ def apply(
         auxes.append(aux)
         if cache is not None:
             new_cache.setdefault("tail", {})[j] = cache_l
-    if "final_norm" in params:
-        x_BTD = Norm(cfg.norm, cfg.norm_eps, cfg.param_dtype).apply({"params": params["final_norm"]}, x_BTD)
+    x_BTD = _last_norm(cfg, params, x_BTD)
     if zigzag:
         x_BTD = in_zigzag(x_BTD, back=True)
     aux = _sum_aux(auxes)
@@ -396,18 +413,29 @@ def apply(
 
 
 def activations(
-    cfg: TransformerConfig, params: Params, tokens_BT: Int[Array, "B T"]
+    cfg: TransformerConfig,
+    params: Params,
+    tokens_BT: Int[Array, "B T"],
+    *,
+    segments_BT: Int[Array, "B T"] | None = None,
+    positions_BT: Int[Array, "B T"] | None = None,
 ) -> dict[str, Float[Array, "..."]]:
     """What the layers compute on one document a row, layer by layer: for looking at, not for training.
 
+    Args:
+        cfg, params, tokens_BT, segments_BT, positions_BT: as for `apply`.
+
     Returns:
         `embedding` [B, T, D]; `attention`, `mlp` and `residual` [L, B, T, D]: each layer's branches before
-        they are added, and the stream after it; `logits` [B, T, V].
+        they are added, and the stream after it; `hidden` [B, T, D], what `apply` returns; `logits` [B, T, V].
     """
     B, T = tokens_BT.shape
-    positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    ordered = positions_BT is None
+    if positions_BT is None:
+        positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     bias_table = params["position_bias"]["table"] if cfg.position.kind == "t5" else None
-    ctx = _context(cfg, positions_BT, None, None, bias_table)
+    ctx = _context(cfg, positions_BT, segments_BT, None, bias_table)
+    ctx = dataclasses.replace(ctx, ordered=ordered)
     x_BTD = embed(cfg, params, tokens_BT, positions_BT)
     seen: dict[str, Any] = {"embedding": x_BTD, "attention": [], "mlp": [], "residual": []}
     branch = lambda module, _: isinstance(module, Attention | MLP | MoE)  # noqa: E731
@@ -425,10 +453,16 @@ def activations(
         mlp = outputs["mlp"] if "mlp" in outputs else outputs["moe"][0]
         for name, x in (("attention", outputs["attention"][0]), ("mlp", mlp), ("residual", x_BTD)):
             seen[name].append(x)
-    if "final_norm" in params:
-        x_BTD = Norm(cfg.norm, cfg.norm_eps, cfg.param_dtype).apply({"params": params["final_norm"]}, x_BTD)
+    x_BTD = _last_norm(cfg, params, x_BTD)
     seen = {name: jnp.stack(x) if isinstance(x, list) else x for name, x in seen.items()}
-    return {**seen, "logits": unembed(cfg, params, x_BTD)}
+    return {**seen, "hidden": x_BTD, "logits": unembed(cfg, params, x_BTD)}
+
+
+def _last_norm(cfg: TransformerConfig, params: Params, x_BTD: Array) -> Array:
+    """The norm after the last layer, which a stack whose layers end in one does without."""
+    if cfg.norm_position == "post":
+        return x_BTD
+    return _norm(cfg).apply({"params": params.get("final_norm", {})}, x_BTD)
 
 
 def _sum_aux(auxes: list[Aux]) -> Aux:
@@ -439,14 +473,16 @@ def _sum_aux(auxes: list[Aux]) -> Aux:
 
 def head(cfg: TransformerConfig, params: Params) -> Params:
     """The part of the parameters that `unembed` reads, laid out for use."""
-    part = {"embed": {"table": params["embed"]["table"]}} if cfg.tie_embeddings else {"head": params["head"]}
+    part = {"head": params["head"]} if "head" in params else {}
+    if cfg.tie_embeddings:
+        part["embed"] = {"table": params["embed"]["table"]}
     return lay_out(part, AXES, cfg.dtype)
 
 
 def unembed(
     cfg: TransformerConfig, params: Params, hidden_BTD: Float[Array, "B T D"]
 ) -> Float[Array, "B T V"]:
-    """Logits, in fp32. Reads only `embed/table` or `head/w`."""
+    """Logits, in fp32. Reads only `embed/table` or `head/w`, and `head/b`."""
     dtypes = dict(dtype=cfg.dtype, accum=cfg.accum_dtype, result="float32", out=("batch", "length", "vocab"))
     params = head(cfg, params)
     with jax.named_scope("unembed"):
@@ -454,7 +490,9 @@ def unembed(
             logits_BTV = matmul("BTD,VD->BTV", hidden_BTD, params["embed"]["table"], **dtypes)
         else:
             logits_BTV = matmul("BTD,DV->BTV", hidden_BTD, params["head"]["w"], **dtypes)
-    if (scale := rules(cfg)["head"].output) != 1.0:
+    if cfg.head_bias:
+        logits_BTV = logits_BTV + params["head"]["b"].astype(jnp.float32)
+    if (scale := cfg.logit_scale * rules(cfg)["head"].output) != 1.0:
         logits_BTV = logits_BTV * scale
     if cfg.logit_softcap:
         logits_BTV = cfg.logit_softcap * jnp.tanh(logits_BTV / cfg.logit_softcap)

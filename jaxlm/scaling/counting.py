@@ -381,7 +381,9 @@ def _activation_bytes(cfg: TransformerConfig, seq_len: int, shards: Mapping[str,
         """(MLP width, rows sent to experts) of a token."""
         if kind == "dense":
             return cfg.mlp_width / shards["mlp"], 0
-        width = (cfg.moe.expert_dim or cfg.mlp_width) * (cfg.moe.top_k + cfg.moe.shared_experts)
+        expert = cfg.moe.expert_dim or cfg.mlp_width
+        shared = cfg.moe.shared_dim if cfg.moe.shared_experts else 0
+        width = expert * cfg.moe.top_k + (shared or expert * cfg.moe.shared_experts)
         return width / shards["mlp"], cfg.moe.top_k
 
     def whole(kind: tuple[str, str]) -> float:

@@ -1,0 +1,156 @@
+"""What a family is: which fields of its config are which of ours, and which tensors are which leaves."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxlm.errors import UserError, check
+from jaxlm.hf.packing import Packing
+from jaxlm.model.attention import AttentionConfig
+from jaxlm.model.config import TransformerConfig
+from jaxlm.model.moe import MoEConfig
+from jaxlm.model.positions import PositionConfig
+
+HFConfig = Mapping[str, Any]  # what config.json holds
+Fields = dict[str, Any]  # dotted name in `TransformerConfig` -> value
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One table: model_type in config.json, fields, tensors."""
+
+    model_type: str
+    architecture: str  # the class that `transformers` makes of it
+    keys: Mapping[str, str]  # its field -> ours, dotted; an absent one, or null, is left at our default
+    read: Callable[[HFConfig], Fields]  # our other fields from its config
+    write: Callable[[TransformerConfig], dict[str, Any]]  # its other fields from ours, the inverse of `read`
+    # Tensor -> packing. {i} is a layer, {e} an expert, {h} a head. Rows without leaves here do not count.
+    tensors: Mapping[str, Packing]
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of fields that files leave out
+    prefix: str = "model."  # of all tensors but the head's; files of the bare model go without it
+    ignored: tuple[str, ...] = ()  # regexes of tensors that hold nothing learned
+    alternatives: Callable[[TransformerConfig], Mapping[str, Packing]] | None = (
+        None  # tensors that depend on cfg
+    )
+
+    def table(self, cfg: TransformerConfig) -> dict[str, Packing]:
+        """All tensors that a model of this family may have."""
+        return {**self.tensors, **(self.alternatives(cfg) if self.alternatives else {})}
+
+
+GROUPS = {"attention": AttentionConfig, "position": PositionConfig, "moe": MoEConfig}
+# How a model is run and trained, not what it computes.
+_EXECUTION = {
+    "": ("dropout", "init_std", "scan", "remat", "dtype", "param_dtype", "accum_dtype", "parametrization")
+    + ("base_width", "base_depth", "base_head_dim"),
+    "attention": ("backend", "context", "tile_q", "tile_k"),
+    "moe": ("dispatch", "capacity_factor", "dropless_backend", "load_balance", "router_z"),
+}
+
+
+def config_of(fields: Fields) -> TransformerConfig:
+    """A config from dotted fields."""
+    groups: dict[str, dict[str, Any]] = {name: {} for name in GROUPS}
+    top = {}
+    for name, value in fields.items():
+        group, _, field = name.rpartition(".")
+        (groups[group] if group else top)[field] = value
+    return TransformerConfig(**top, **{name: GROUPS[name](**values) for name, values in groups.items()})
+
+
+def canonical(cfg: TransformerConfig) -> TransformerConfig:
+    """The same model with every derived size written out, and how it is run and trained at the defaults."""
+
+    def defaults(part: Any, group: str) -> dict[str, Any]:
+        known = {field.name: field.default for field in dataclasses.fields(part)}
+        return {name: known[name] for name in _EXECUTION.get(group, ()) if name in known}
+
+    def period(pattern: tuple[str, ...]) -> tuple[str, ...]:
+        return shortest([pattern[i % len(pattern)] for i in range(cfg.num_layers)])
+
+    attention = dataclasses.replace(
+        cfg.attention,
+        window=cfg.attention.window if "local" in cfg.attention.pattern else 0,
+        num_kv_heads=cfg.attention.kv_heads,
+        head_dim=cfg.head_dim,
+        pattern=period(cfg.attention.pattern),
+        scale=0.0 if cfg.attention.scale == cfg.head_dim**-0.5 else cfg.attention.scale,
+        **defaults(cfg.attention, "attention"),
+    )
+    return dataclasses.replace(
+        cfg,
+        attention=attention,
+        moe=dataclasses.replace(cfg.moe, **defaults(cfg.moe, "moe")),
+        mlp_dim=cfg.mlp_width,
+        mlp_pattern=period(cfg.mlp_pattern),
+        **defaults(cfg, ""),
+    )
+
+
+def shortest(kinds: list[str]) -> tuple[str, ...]:
+    """The shortest pattern that, repeated, gives these layers.
+
+    >>> shortest(["a", "b", "a"]), shortest(["a", "a"]), shortest(["a", "b", "b"])
+    (('a', 'b'), ('a',), ('a', 'b', 'b'))
+    """
+    length = next(n for n in range(1, len(kinds) + 1) if all(k == kinds[i % n] for i, k in enumerate(kinds)))
+    return tuple(kinds[:length])
+
+
+def read_config(family: Family, hf: HFConfig) -> TransformerConfig:
+    """Our config of a checkpoint.
+
+    Raises:
+        UserError: it asks for something that this library does not have.
+    """
+    hf = {**family.defaults, **hf}
+    fields = {ours: hf[key] for key, ours in family.keys.items() if hf.get(key) is not None}
+    try:
+        return canonical(config_of({**fields, **family.read(hf)}))
+    except KeyError as error:
+        raise UserError(f"config.json of model_type {family.model_type!r} lacks {error}") from error
+
+
+def write_config(family: Family, cfg: TransformerConfig, kept: HFConfig) -> dict[str, Any]:
+    """config.json of a model.
+
+    Args:
+        family: whose tables to use.
+        cfg: the model.
+        kept: the config.json that it came with, or {}; its other fields stay.
+
+    Raises:
+        UserError: the family has no such model; the message names the fields.
+    """
+    check(
+        cfg.parametrization == "standard",
+        f"model.parametrization={cfg.parametrization!r}: its multipliers have no place in a checkpoint",
+    )
+    cfg = canonical(cfg)
+    named = {"model_type": family.model_type, "architectures": [family.architecture]}
+    if kept and read_config(family, kept) == cfg:
+        return {**named, **kept}
+    ours = {key: _at(cfg, name) for key, name in family.keys.items()}
+    kept = {key: value for key, value in kept.items() if key not in ("rope_parameters", "rope_scaling")}
+    hf = {**family.defaults, **kept, **named, **ours, **family.write(cfg)}
+    again = read_config(family, hf)
+    lines = [f"{name}: {a!r} here, {b!r} there" for name, a, b in _differences(cfg, again)]
+    check(not lines, f"no {family.model_type} model has these fields:\n  " + "\n  ".join(lines))
+    return hf
+
+
+def _at(cfg: TransformerConfig, name: str) -> Any:
+    for part in name.split("."):
+        cfg = getattr(cfg, part)
+    return cfg
+
+
+def _differences(a: Any, b: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    out = []
+    for field in dataclasses.fields(a):
+        x, y = getattr(a, field.name), getattr(b, field.name)
+        if dataclasses.is_dataclass(x):
+            out += _differences(x, y, f"{path}{field.name}.")
+        elif x != y:
+            out.append((path + field.name, x, y))
+    return out

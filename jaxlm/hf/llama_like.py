@@ -1,0 +1,584 @@
+"""Families in the manner of Llama: RMSNorm, rotary positions, gated MLPs, and what was varied since."""
+
+from typing import Any
+
+from jaxlm.hf.family import Family, Fields, HFConfig, shortest
+from jaxlm.hf.fields import (
+    GATED,
+    PLAIN,
+    activation,
+    activation_name,
+    layer_names,
+    layer_types,
+    refuse,
+    rope,
+    rope_keys,
+)
+from jaxlm.hf.packing import Packing, head_rows, linear, same
+from jaxlm.model.config import TransformerConfig
+
+KEYS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "model_dim",
+    "num_hidden_layers": "num_layers",
+    "intermediate_size": "mlp_dim",
+    "num_attention_heads": "attention.num_heads",
+    "num_key_value_heads": "attention.num_kv_heads",
+    "head_dim": "attention.head_dim",
+    "rms_norm_eps": "norm_eps",
+    "tie_word_embeddings": "tie_embeddings",
+}
+DEFAULTS = {
+    "hidden_act": "silu",
+    "default_theta": 10000.0,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+_LAYER = "model.layers.{i}."
+OUTSIDE = {
+    "model.embed_tokens.weight": same("embed/table"),
+    "model.norm.weight": same("final_norm/scale"),
+    "model.norm.bias": same("final_norm/bias"),
+    "lm_head.weight": linear("head/w"),
+    "lm_head.bias": same("head/b"),
+}
+ATTENTION = {
+    **{f"{_LAYER}self_attn.{x}_proj.weight": linear(f"attention/w{x}") for x in "qkv"},
+    **{f"{_LAYER}self_attn.{x}_proj.bias": same(f"attention/b{x}") for x in "qkv"},
+    f"{_LAYER}self_attn.o_proj.weight": linear("attention/wo", inputs=2),
+    f"{_LAYER}self_attn.o_proj.bias": same("attention/bo"),
+}
+QK_NORM = {f"{_LAYER}self_attn.{x}_norm.weight": same(f"{x}_norm/scale") for x in "qk"}
+NORMS = {
+    f"{_LAYER}input_layernorm.weight": same("attention_norm/scale"),
+    f"{_LAYER}input_layernorm.bias": same("attention_norm/bias"),
+    f"{_LAYER}post_attention_layernorm.weight": same("mlp_norm/scale"),
+    f"{_LAYER}post_attention_layernorm.bias": same("mlp_norm/bias"),
+}
+MLP = {
+    **{f"{_LAYER}mlp.{x}_proj.weight": linear(f"mlp/w_{x}") for x in ("gate", "up", "down")},
+    **{f"{_LAYER}mlp.{x}_proj.bias": same(f"mlp/b_{x}") for x in ("gate", "up", "down")},
+}
+TENSORS = {**OUTSIDE, **ATTENTION, **NORMS, **MLP}
+IGNORED = (r"rotary_emb\.inv_freq$",)
+
+
+def moe(block: str, gate: str, up: str, down: str) -> dict[str, Packing]:
+    """Router and experts under the name of their block."""
+    experts = {"w_gate": gate, "w_up": up, "w_down": down}
+    return {
+        f"{_LAYER}{block}.gate.weight": linear("moe/router_w"),
+        **{f"{_LAYER}{block}.experts.{{e}}.{x}.weight": linear(f"moe/{w}") for w, x in experts.items()},
+    }
+
+
+_MOE = moe("mlp", "gate_proj", "up_proj", "down_proj")
+
+
+def family(model_type: str, architecture: str, read: Any, write: Any, **rest: Any) -> Family:
+    """A family with what stands above where `rest` says nothing else."""
+    shared = dict(keys=KEYS, tensors=TENSORS, ignored=IGNORED, defaults=DEFAULTS)
+    return Family(model_type, architecture, read=read, write=write, **{**shared, **rest})
+
+
+def base(hf: HFConfig, *, act: str = "hidden_act") -> Fields:
+    """Rotation and gated activation."""
+    return {**rope(hf), **activation(hf, act, GATED)}
+
+
+def base_keys(cfg: TransformerConfig, *, act: str = "hidden_act") -> dict[str, Any]:
+    """The inverse of `base`."""
+    keys = rope_keys(cfg)
+    if keys["partial_rotary_factor"] == 1.0:
+        del keys["partial_rotary_factor"]
+    return {**keys, act: activation_name(cfg, GATED)}
+
+
+# ------------------------------------------------------------------------------------------------ biases
+
+
+def _llama(hf: HFConfig) -> Fields:
+    bias = {"attention.qkv_bias": hf["attention_bias"], "attention.out_bias": hf["attention_bias"]}
+    return {**base(hf), **bias, "mlp_bias": hf["mlp_bias"]}
+
+
+def _llama_keys(cfg: TransformerConfig) -> dict[str, Any]:
+    return {**base_keys(cfg), "attention_bias": cfg.attention.qkv_bias, "mlp_bias": cfg.mlp_bias}
+
+
+# ---------------------------------------------------------------------------------------------- windows
+
+
+def _one_window(hf: HFConfig) -> Fields:
+    """Mistral: all layers have the window, or none."""
+    window = hf.get("sliding_window")
+    kinds = ["sliding_attention" if window else "full_attention"] * hf["num_hidden_layers"]
+    return layer_types(hf.get("layer_types") or kinds, window)
+
+
+def _one_window_keys(cfg: TransformerConfig) -> dict[str, Any]:
+    return {"sliding_window": cfg.attention.window or None}
+
+
+def _upper_window(hf: HFConfig) -> Fields:
+    """Qwen: layers from `max_window_layers` on have the window, if it is in use."""
+    window = hf.get("sliding_window") if hf.get("use_sliding_window") else None
+    layers, first = hf["num_hidden_layers"], hf.get("max_window_layers", 28)
+    kinds = ["sliding_attention" if window and i >= first else "full_attention" for i in range(layers)]
+    return layer_types(hf.get("layer_types") or kinds, window)
+
+
+def _window_keys(cfg: TransformerConfig) -> dict[str, Any]:
+    local = "local" in cfg.attention.pattern
+    window = {"sliding_window": cfg.attention.window if local else None, "use_sliding_window": local}
+    return {**window, "layer_types": layer_names(cfg)}
+
+
+def _qwen(hf: HFConfig, **more: Any) -> Fields:
+    return {**base(hf), **_upper_window(hf), **more}
+
+
+def _qwen_keys(cfg: TransformerConfig) -> dict[str, Any]:
+    return {**base_keys(cfg), **_window_keys(cfg)}
+
+
+# ---------------------------------------------------------------------------------------------- experts
+
+
+def _experts(hf: HFConfig) -> Fields:
+    return {
+        "moe.num_experts": hf.get("num_experts", hf.get("num_local_experts")),
+        "moe.top_k": hf["num_experts_per_tok"],
+        "moe.expert_dim": hf["moe_intermediate_size"],
+        "moe.normalize": hf["norm_topk_prob"],
+        "moe.load_balance": hf.get("router_aux_loss_coef", 0.001),
+    }
+
+
+def _experts_keys(cfg: TransformerConfig) -> dict[str, Any]:
+    return {
+        "num_experts": cfg.moe.num_experts,
+        "num_experts_per_tok": cfg.moe.top_k,
+        "moe_intermediate_size": cfg.moe.expert_dim or cfg.mlp_width,
+        "norm_topk_prob": cfg.moe.normalize,
+    }
+
+
+def _sparse_layers(hf: HFConfig) -> Fields:
+    """Every `decoder_sparse_step`-th layer routes, but for those named in `mlp_only_layers`."""
+    step, dense = hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers") or []
+    layers = range(hf["num_hidden_layers"])
+    kinds = ["moe" if i not in dense and (i + 1) % step == 0 else "dense" for i in layers]
+    return {"mlp_pattern": shortest(kinds)}
+
+
+def _sparse_keys(cfg: TransformerConfig) -> dict[str, Any]:
+    dense = [i for i, (_, mlp) in enumerate(cfg.layer_kinds) if mlp == "dense"]
+    return {"decoder_sparse_step": 1, "mlp_only_layers": dense}
+
+
+def _qwen2_moe(hf: HFConfig) -> Fields:
+    shared = {
+        "moe.shared_experts": 1,
+        "moe.shared_dim": hf["shared_expert_intermediate_size"],
+        "moe.shared_gate": True,
+    }
+    return _qwen(hf, **_experts(hf), **_sparse_layers(hf), **shared, **_qkv_bias(hf.get("qkv_bias", True)))
+
+
+def _qwen2_moe_keys(cfg: TransformerConfig) -> dict[str, Any]:
+    shared = {"shared_expert_intermediate_size": cfg.moe.shared_dim, "qkv_bias": cfg.attention.qkv_bias}
+    return {**_qwen_keys(cfg), **_experts_keys(cfg), **_sparse_keys(cfg), **shared}
+
+
+def _qkv_bias(on: bool) -> Fields:
+    return {"attention.qkv_bias": on}
+
+
+def _both_biases(hf: HFConfig) -> Fields:
+    return {"attention.qkv_bias": hf["attention_bias"], "attention.out_bias": hf["attention_bias"]}
+
+
+def _both_biases_keys(cfg: TransformerConfig) -> dict[str, Any]:
+    return {"attention_bias": cfg.attention.qkv_bias}
+
+
+def _mixtral(hf: HFConfig) -> Fields:
+    experts = {"moe.num_experts": hf["num_local_experts"], "moe.top_k": hf["num_experts_per_tok"]}
+    return {**base(hf), **_one_window(hf), **experts, "mlp_pattern": ("moe",)}
+
+
+def _mixtral_keys(cfg: TransformerConfig) -> dict[str, Any]:
+    experts = {"num_local_experts": cfg.moe.num_experts, "num_experts_per_tok": cfg.moe.top_k}
+    return {**base_keys(cfg), **_one_window_keys(cfg), **experts}
+
+
+# ------------------------------------------------------------------------------------------------ Gemma
+
+
+def _gemma(hf: HFConfig, act: str = "hidden_act") -> Fields:
+    refuse(hf, use_bidirectional_attention=None if hf.get("use_bidirectional_attention") is None else False)
+    return {**base(hf, act=act), **_both_biases(hf), "norm_offset": True, "scale_embeddings": True}
+
+
+def _gemma_1(hf: HFConfig) -> Fields:
+    # Files of the first release say `gelu` and mean its tanh form, and `hidden_activation` overrules.
+    act = hf.get("hidden_activation") or "gelu_pytorch_tanh"
+    return _gemma({**hf, "hidden_act": act})
+
+
+def _gemma_2(hf: HFConfig, *, alternate: int = 2) -> Fields:
+    layers = hf["num_hidden_layers"]
+    step = hf.get("sliding_window_pattern") or alternate
+    kinds = ["full_attention" if (i + 1) % step == 0 else "sliding_attention" for i in range(layers)]
+    return {
+        **_gemma(hf, "hidden_activation"),
+        **layer_types(hf.get("layer_types") or kinds, hf["sliding_window"]),
+        "norm_position": "sandwich",
+        "attention.scale": float(hf["query_pre_attn_scalar"]) ** -0.5,
+        "attention.softcap": float(hf.get("attn_logit_softcapping") or 0.0),
+        "logit_softcap": float(hf.get("final_logit_softcapping") or 0.0),
+    }
+
+
+def _gemma_2_keys(cfg: TransformerConfig) -> dict[str, Any]:
+    scale = cfg.attention.scale or cfg.head_dim**-0.5
+    return {
+        **base_keys(cfg, act="hidden_activation"),
+        **_both_biases_keys(cfg),
+        "layer_types": layer_names(cfg),
+        "sliding_window": cfg.attention.window or None,
+        "query_pre_attn_scalar": round(scale**-2, 6),
+        "attn_logit_softcapping": cfg.attention.softcap or None,
+        "final_logit_softcapping": cfg.logit_softcap or None,
+    }
+
+
+def _gemma_3(hf: HFConfig) -> Fields:
+    local = (hf.get("rope_parameters") or {}).get("sliding_attention") or {}
+    theta = local.get("rope_theta") or hf.get("rope_local_base_freq") or 10000.0
+    fields = _gemma_2(hf, alternate=6)
+    return {**fields, "position.local_theta": float(theta), "attention.qk_norm": True}
+
+
+def _gemma_3_keys(cfg: TransformerConfig) -> dict[str, Any]:
+    return {**_gemma_2_keys(cfg), "rope_local_base_freq": cfg.position.local_theta or cfg.position.theta}
+
+
+_SANDWICH = {
+    f"{_LAYER}input_layernorm.weight": same("attention_norm/scale"),
+    f"{_LAYER}post_attention_layernorm.weight": same("attention_post_norm/scale"),
+    f"{_LAYER}pre_feedforward_layernorm.weight": same("mlp_norm/scale"),
+    f"{_LAYER}post_feedforward_layernorm.weight": same("mlp_post_norm/scale"),
+}
+_GEMMA = {**DEFAULTS, "tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh", "head_dim": 256}
+
+# ------------------------------------------------------------------------------------------------- OLMo
+
+
+def _clip(hf: HFConfig) -> Fields:
+    return {"attention.clip_qkv": float(hf.get("clip_qkv") or 0.0)}
+
+
+def _olmo_keys(cfg: TransformerConfig) -> dict[str, Any]:
+    return {**base_keys(cfg), **_both_biases_keys(cfg), "clip_qkv": cfg.attention.clip_qkv or None}
+
+
+def _olmo(hf: HFConfig) -> Fields:
+    return {
+        **base(hf),
+        **_both_biases(hf),
+        **_clip(hf),
+        "norm": "layernorm_plain",
+        "norm_eps": 1e-5,
+    }
+
+
+_NORM_ALL = {"attention.qk_norm": True, "attention.qk_norm_over": "all"}
+
+
+def _olmo_2(hf: HFConfig) -> Fields:
+    return {**base(hf), **_both_biases(hf), **_NORM_ALL, "norm_position": "branch"}
+
+
+def _olmoe(hf: HFConfig) -> Fields:
+    experts = {
+        "moe.num_experts": hf.get("num_experts", hf.get("num_local_experts")),
+        "moe.top_k": hf["num_experts_per_tok"],
+        "moe.normalize": hf["norm_topk_prob"],
+    }
+    return {
+        **base(hf),
+        **_both_biases(hf),
+        **_clip(hf),
+        **_NORM_ALL,
+        **experts,
+        "mlp_pattern": ("moe",),
+    }
+
+
+def _olmoe_keys(cfg: TransformerConfig) -> dict[str, Any]:
+    experts = _experts_keys(cfg)
+    return {**_olmo_keys(cfg), **{k: x for k, x in experts.items() if k != "moe_intermediate_size"}}
+
+
+# ------------------------------------------------------------------------------ SmolLM3, StableLM, Cohere
+
+
+def _smollm3(hf: HFConfig) -> Fields:
+    refuse(hf, use_sliding_window=False)
+    step, layers = hf.get("no_rope_layer_interval") or 4, hf["num_hidden_layers"]
+    rotates = hf.get("no_rope_layers") or [int((i + 1) % step != 0) for i in range(layers)]
+    pattern = shortest(["global" if r else "nope" for r in rotates[:layers]])
+    return {**_llama(hf), "attention.pattern": pattern}
+
+
+def _smollm3_keys(cfg: TransformerConfig) -> dict[str, Any]:
+    return {**_llama_keys(cfg), "no_rope_layers": [int(kind != "nope") for kind, _ in cfg.layer_kinds]}
+
+
+def _stablelm(hf: HFConfig) -> Fields:
+    over = {"attention.qk_norm_kind": "layernorm_scale", "attention.qk_norm_over": "heads"}
+    return {
+        **base(hf),
+        **_qkv_bias(hf["use_qkv_bias"]),
+        "norm": "layernorm",
+        "parallel_block": hf["use_parallel_residual"],
+        **({"attention.qk_norm": True, **over} if hf["qk_layernorm"] else {}),
+    }
+
+
+def _stablelm_keys(cfg: TransformerConfig) -> dict[str, Any]:
+    return {
+        **base_keys(cfg),
+        "partial_rotary_factor": cfg.position.fraction,
+        "use_qkv_bias": cfg.attention.qkv_bias,
+        "use_parallel_residual": cfg.parallel_block,
+        "qk_layernorm": cfg.attention.qk_norm,
+    }
+
+
+def _cohere(hf: HFConfig) -> Fields:
+    over = {"attention.qk_norm_kind": "layernorm_scale", "attention.qk_norm_over": "heads"}
+    return {
+        **base(hf),
+        **_both_biases(hf),
+        "norm": "layernorm_scale",
+        "parallel_block": True,
+        "position.interleaved": True,
+        **({"attention.qk_norm": True, **over} if hf["use_qk_norm"] else {}),
+    }
+
+
+def _cohere_keys(cfg: TransformerConfig) -> dict[str, Any]:
+    return {**base_keys(cfg), **_both_biases_keys(cfg), "use_qk_norm": cfg.attention.qk_norm}
+
+
+def _phi(hf: HFConfig) -> Fields:
+    refuse(hf, qk_layernorm=False)
+    return {
+        **rope(hf),
+        **activation(hf, "hidden_act", PLAIN),
+        **{"attention.qkv_bias": True, "attention.out_bias": True, "mlp_bias": True},
+        **{"norm": "layernorm", "parallel_block": True, "head_bias": True},
+    }
+
+
+_LAYERNORM_KEYS = {("layer_norm_eps" if key == "rms_norm_eps" else key): ours for key, ours in KEYS.items()}
+
+# --------------------------------------------------------------------------------------------- the table
+
+FAMILIES = (
+    family("llama", "LlamaForCausalLM", _llama, _llama_keys),
+    family(
+        "mistral",
+        "MistralForCausalLM",
+        lambda hf: {**base(hf), **_one_window(hf)},
+        lambda cfg: {**base_keys(cfg), **_one_window_keys(cfg)},
+        defaults={**DEFAULTS, "sliding_window": 4096},
+    ),
+    family(
+        "mixtral",
+        "MixtralForCausalLM",
+        _mixtral,
+        _mixtral_keys,
+        defaults={**DEFAULTS, "default_theta": 1e6, "rms_norm_eps": 1e-5},
+        tensors={**OUTSIDE, **ATTENTION, **NORMS, **moe("block_sparse_moe", "w1", "w3", "w2")},
+    ),
+    family("qwen2", "Qwen2ForCausalLM", lambda hf: _qwen(hf, **_qkv_bias(True)), _qwen_keys),
+    family(
+        "qwen3",
+        "Qwen3ForCausalLM",
+        lambda hf: _qwen(hf, **_both_biases(hf), **{"attention.qk_norm": True}),
+        lambda cfg: {**_qwen_keys(cfg), **_both_biases_keys(cfg)},
+        tensors={**TENSORS, **QK_NORM},
+        defaults={**DEFAULTS, "head_dim": 128},
+    ),
+    family(
+        "qwen2_moe",
+        "Qwen2MoeForCausalLM",
+        _qwen2_moe,
+        _qwen2_moe_keys,
+        defaults={**DEFAULTS, "norm_topk_prob": False},
+        tensors={
+            **TENSORS,
+            **_MOE,
+            **{
+                f"{_LAYER}mlp.shared_expert.{x}_proj.weight": linear(f"moe/shared_w_{x}")
+                for x in ("gate", "up", "down")
+            },
+            f"{_LAYER}mlp.shared_expert_gate.weight": linear("moe/shared_gate"),
+        },
+    ),
+    family(
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        lambda hf: _qwen(
+            hf, **_experts(hf), **_sparse_layers(hf), **_both_biases(hf), **{"attention.qk_norm": True}
+        ),
+        lambda cfg: {
+            **_qwen_keys(cfg),
+            **_experts_keys(cfg),
+            **_sparse_keys(cfg),
+            **_both_biases_keys(cfg),
+        },
+        defaults={**DEFAULTS, "norm_topk_prob": False, "head_dim": 128},
+        tensors={**TENSORS, **QK_NORM, **_MOE},
+    ),
+    family(
+        "gemma",
+        "GemmaForCausalLM",
+        _gemma_1,
+        lambda cfg: {
+            **base_keys(cfg),
+            **_both_biases_keys(cfg),
+            "hidden_activation": activation_name(cfg, GATED),
+        },
+        defaults=_GEMMA | {"hidden_activation": None},
+    ),
+    family(
+        "gemma2",
+        "Gemma2ForCausalLM",
+        _gemma_2,
+        _gemma_2_keys,
+        defaults=_GEMMA
+        | dict(
+            query_pre_attn_scalar=256,
+            sliding_window=4096,
+            attn_logit_softcapping=50.0,
+            final_logit_softcapping=30.0,
+        ),
+        tensors={**TENSORS, **_SANDWICH},
+    ),
+    family(
+        "gemma3_text",
+        "Gemma3ForCausalLM",
+        _gemma_3,
+        _gemma_3_keys,
+        defaults=_GEMMA | dict(query_pre_attn_scalar=256, sliding_window=4096, default_theta=1e6),
+        tensors={**TENSORS, **_SANDWICH, **QK_NORM},
+    ),
+    family(
+        "olmo",
+        "OlmoForCausalLM",
+        _olmo,
+        _olmo_keys,
+        keys={key: ours for key, ours in KEYS.items() if key != "rms_norm_eps"},
+    ),
+    family(
+        "olmo2",
+        "Olmo2ForCausalLM",
+        _olmo_2,
+        lambda cfg: {**base_keys(cfg), **_both_biases_keys(cfg)},
+        defaults={**DEFAULTS, "rms_norm_eps": 1e-5},
+        tensors={
+            **OUTSIDE,
+            **ATTENTION,
+            **MLP,
+            **QK_NORM,
+            f"{_LAYER}post_attention_layernorm.weight": same("attention_post_norm/scale"),
+            f"{_LAYER}post_feedforward_layernorm.weight": same("mlp_post_norm/scale"),
+        },
+    ),
+    family(
+        "olmoe",
+        "OlmoeForCausalLM",
+        _olmoe,
+        _olmoe_keys,
+        defaults={**DEFAULTS, "rms_norm_eps": 1e-5, "norm_topk_prob": False},
+        tensors={**TENSORS, **QK_NORM, **_MOE},
+    ),
+    family(
+        "smollm3",
+        "SmolLM3ForCausalLM",
+        _smollm3,
+        _smollm3_keys,
+        defaults={**DEFAULTS, "default_theta": 2e6, "tie_word_embeddings": True},
+    ),
+    family(
+        "stablelm",
+        "StableLmForCausalLM",
+        _stablelm,
+        _stablelm_keys,
+        keys=_LAYERNORM_KEYS,
+        defaults={
+            **DEFAULTS,
+            "layer_norm_eps": 1e-5,
+            "partial_rotary_factor": 0.25,
+            "use_qkv_bias": False,
+            "use_parallel_residual": False,
+            "qk_layernorm": False,
+        },
+        tensors={
+            **TENSORS,
+            **{f"{_LAYER}self_attn.{x}_layernorm.norms.{{h}}.weight": same(f"{x}_norm/scale") for x in "qk"},
+        },
+    ),
+    family(
+        "cohere",
+        "CohereForCausalLM",
+        _cohere,
+        _cohere_keys,
+        keys={**_LAYERNORM_KEYS, "logit_scale": "logit_scale"},
+        defaults={
+            **DEFAULTS,
+            "layer_norm_eps": 1e-5,
+            "default_theta": 500000.0,
+            "use_qk_norm": False,
+            "tie_word_embeddings": True,
+            "logit_scale": 0.0625,
+        },
+        tensors={
+            **TENSORS,
+            **{f"{_LAYER}self_attn.{x}_norm.weight": head_rows(f"{x}_norm/scale") for x in "qk"},
+        },
+    ),
+    family(
+        "phi",
+        "PhiForCausalLM",
+        _phi,
+        lambda cfg: {**rope_keys(cfg), "hidden_act": activation_name(cfg, PLAIN)},
+        keys=_LAYERNORM_KEYS,
+        defaults={
+            **DEFAULTS,
+            "layer_norm_eps": 1e-5,
+            "partial_rotary_factor": 0.5,
+            "hidden_act": "gelu_new",
+        },
+        tensors={
+            **{name: packing for name, packing in OUTSIDE.items() if "norm" not in name},
+            **{name: packing for name, packing in ATTENTION.items() if "o_proj" not in name},
+            **NORMS,
+            "model.final_layernorm.weight": same("final_norm/scale"),
+            "model.final_layernorm.bias": same("final_norm/bias"),
+            f"{_LAYER}self_attn.dense.weight": linear("attention/wo", inputs=2),
+            f"{_LAYER}self_attn.dense.bias": same("attention/bo"),
+            f"{_LAYER}mlp.fc1.weight": linear("mlp/w_up"),
+            f"{_LAYER}mlp.fc1.bias": same("mlp/b_up"),
+            f"{_LAYER}mlp.fc2.weight": linear("mlp/w_down"),
+            f"{_LAYER}mlp.fc2.bias": same("mlp/b_down"),
+        },
+    ),
+)

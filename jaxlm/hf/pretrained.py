@@ -1,0 +1,212 @@
+"""A checkpoint as a model to call: numpy arrays in and out, shaped as those of `transformers`."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from jaxlm.errors import UserError, check
+from jaxlm.generate.decode import Generator, decoder
+from jaxlm.generate.sampling import SampleConfig
+from jaxlm.hf.families import family_of
+from jaxlm.hf.family import Family, read_config, write_config
+from jaxlm.hf.files import Source, open_folder, write_folder
+from jaxlm.hf.transfer import read_params, tensors_of
+from jaxlm.model import transformer
+from jaxlm.model.config import TransformerConfig
+from jaxlm.sharding import Layout, use
+
+Ids = Int[np.ndarray, "B T"]
+
+
+@contextlib.contextmanager
+def open_checkpoint(path: str | Path) -> Iterator[Source]:
+    """The checkpoint at a path, opened for reading.
+
+    Raises:
+        UserError: nothing there that can be read.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path} is not a folder with config.json and safetensors")
+    with open_folder(path) as source:
+        yield source
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: str = "float32",
+    param_dtype: str = "",
+    layout: Layout | None = None,
+) -> "Pretrained":
+    """The model of a Hugging Face folder.
+
+    Args:
+        path: folder with config.json and safetensors.
+        dtype: in which it computes.
+        param_dtype: in which the weights are kept; '' = as in the files.
+        layout: mesh and rules to spread it over; None = the first device.
+
+    Raises:
+        UserError: a family or an option that this library does not have; tensors that are missing, surplus or
+            misshapen.
+    """
+    with open_checkpoint(path) as source:
+        family = family_of(source.config)
+        cfg = dataclasses.replace(
+            read_config(family, source.config), dtype=dtype, param_dtype=param_dtype or source.dtype
+        )
+        params = read_params(cfg, family, source, layout=layout)
+        return Pretrained(cfg, params, family, dict(source.config), layout)
+
+
+def save(model: "Pretrained", folder: str | Path, *, dtype: str = "") -> None:
+    """Write a model as a folder that `transformers` loads.
+
+    Args:
+        model: what `load` gave, or any parameters with a family and the config.json to start from.
+        folder: made if it is not there.
+        dtype: of the weights; '' = as they are kept.
+
+    Raises:
+        UserError: the family cannot express the model.
+    """
+    dtype = dtype or model.cfg.param_dtype
+    config = write_config(model.family, model.cfg, model.config)
+    spelling = "torch_dtype" if "torch_dtype" in config else "dtype"
+    tensors = tensors_of(model.cfg, model.family, model.params, dtype=dtype)
+    write_folder(
+        Path(folder),
+        {**config, spelling: dtype},
+        {name: (shape, make) for name, shape, make in tensors},
+        itemsize=np.dtype(dtype).itemsize,
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pretrained:
+    """A loaded model. Rows may be padded on either side; what comes out of padded columns means nothing."""
+
+    cfg: TransformerConfig
+    params: Any
+    family: Family
+    config: dict[str, Any]  # its config.json
+    layout: Layout | None = None
+
+    def logits(
+        self, input_ids: Ids, attention_mask: Ids | None = None, position_ids: Ids | None = None
+    ) -> Float[np.ndarray, "B T V"]:
+        """Logits after every token, float32.
+
+        Args:
+            input_ids: [B, T].
+            attention_mask: [B, T], 1 = a token, 0 = padding; default all tokens.
+            position_ids: [B, T]; default: tokens of a row are counted from 0, padding is not.
+        """
+        with use(self.layout):
+            return np.asarray(self._logits(self.params, *_inputs(input_ids, attention_mask, position_ids)))
+
+    def hidden_states(
+        self, input_ids: Ids, attention_mask: Ids | None = None, position_ids: Ids | None = None
+    ) -> tuple[Float[np.ndarray, "B T D"], ...]:
+        """L + 1 arrays: the embeddings, then the stream after each layer, the last one after the last norm.
+
+        Arguments as for `logits`; these are the `hidden_states` of `transformers`.
+        """
+        with use(self.layout):
+            states = self._states(self.params, *_inputs(input_ids, attention_mask, position_ids))
+        return tuple(np.asarray(x) for x in states)
+
+    def generate(
+        self,
+        input_ids: Ids,
+        attention_mask: Ids | None = None,
+        *,
+        max_new_tokens: int = 20,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+    ) -> Int[np.ndarray, "B S"]:
+        """The prompts as they were given, with what follows them.
+
+        Args:
+            input_ids, attention_mask: as for `logits`.
+            max_new_tokens: a row ends after as many, or with an end token.
+            temperature: 0 = greedy.
+            top_k, top_p: see `SampleConfig`.
+            seed: row i draws with seed + i.
+            eos_token_id: end tokens; default config.json's, () = none.
+            pad_token_id: fills rows that ended; default config.json's, else the first end token, else 0.
+
+        Returns:
+            [B, T + n], n = the longest continuation.
+        """
+        ids, mask, _ = _inputs(input_ids, attention_mask, None)
+        mask = np.ones(ids.shape, bool) if mask is None else np.asarray(mask, bool)
+        eos = self.config.get("eos_token_id") if eos_token_id is None else eos_token_id
+        eos = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+        pad = self.config.get("pad_token_id") if pad_token_id is None else pad_token_id
+        pad = pad if pad is not None else eos[0] if eos else 0
+        rows = [
+            [int(t) for t, real in zip(row, m, strict=True) if real] for row, m in zip(ids, mask, strict=True)
+        ]
+        sample = SampleConfig(
+            max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+        )
+        results = self._generator(eos).generate(self.params, rows, sample)
+        longest = max(len(result.tokens) for result in results)
+        new = [result.tokens + [pad] * (longest - len(result.tokens)) for result in results]
+        return np.concatenate([ids, np.asarray(new, ids.dtype).reshape(len(ids), longest)], axis=1)
+
+    @functools.cached_property
+    def _logits(self) -> Any:
+        cfg = self.cfg
+
+        def logits(params: Any, ids_BT: Any, mask_BT: Any, positions_BT: Any) -> jax.Array:
+            where = _where(mask_BT, positions_BT)
+            hidden_BTD, _, _ = transformer.apply(cfg, params, ids_BT, **where)
+            return transformer.unembed(cfg, params, hidden_BTD)
+
+        return jax.jit(logits)
+
+    @functools.cached_property
+    def _states(self) -> Any:
+        cfg = self.cfg
+
+        def states(params: Any, ids_BT: Any, mask_BT: Any, positions_BT: Any) -> list[jax.Array]:
+            seen = transformer.activations(cfg, params, ids_BT, **_where(mask_BT, positions_BT))
+            return [seen["embedding"], *seen["residual"][:-1], seen["hidden"]]
+
+        return jax.jit(states)
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019  lives as long as the model, which holds the arrays anyway
+    def _generator(self, eos: tuple[int, ...]) -> Generator:
+        return Generator(decoder(self.cfg), layout=self.layout, eos_ids=eos)
+
+
+def _inputs(ids: Any, mask: Any, positions: Any) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    ids = np.asarray(ids)
+    check(ids.ndim == 2, f"input_ids has shape {list(ids.shape)}, expected [batch, columns]")
+    for name, x in (("attention_mask", mask), ("position_ids", positions)):
+        ok = x is None or np.shape(x) == ids.shape
+        check(ok, f"{name} has shape {list(np.shape(x))}, expected {list(ids.shape)} as input_ids")
+    as_int = lambda x: None if x is None else np.asarray(x).astype(np.int32)  # noqa: E731
+    return ids, as_int(mask), as_int(positions)
+
+
+def _where(mask_BT: jax.Array | None, positions_BT: jax.Array | None) -> dict[str, jax.Array | None]:
+    """Documents and positions of rows that may be padded on either side."""
+    if mask_BT is not None and positions_BT is None:
+        positions_BT = jnp.maximum(jnp.cumsum(mask_BT, axis=1) - 1, 0)
+    return {"segments_BT": mask_BT, "positions_BT": positions_BT}

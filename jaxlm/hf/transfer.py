@@ -1,0 +1,209 @@
+"""Tensors of a checkpoint into leaves on their devices, and back, one at a time."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.errors import UserError
+from jaxlm.hf.family import Family
+from jaxlm.hf.files import Source
+from jaxlm.hf.packing import Packing
+from jaxlm.model import transformer
+from jaxlm.model.config import TransformerConfig
+from jaxlm.sharding import Layout, tree_shardings
+from jaxlm.tree import map_named, named_leaves
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """Where a tensor's leaf stands: in leaf `path`, at `layer` of a stack, as `part` of its first axis."""
+
+    path: str
+    layer: int | None  # None: the leaf is not stacked
+    part: int | None  # expert or head; None: all of it
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One tensor of a checkpoint."""
+
+    packing: Packing
+    slots: tuple[Slot, ...]  # one for each leaf of the packing
+    shapes: tuple[tuple[int, ...], ...]  # of those leaves' parts
+    shape: tuple[int, ...]  # of the tensor
+
+
+def layout_of(cfg: TransformerConfig, family: Family) -> dict[str, Entry]:
+    """Every tensor that a checkpoint of this model holds, in the order of the layers."""
+    leaves = dict(named_leaves(transformer.abstract_params(cfg)))
+    table, entries, used = family.table(cfg), {}, set()
+    P = cfg.period
+    repeats = cfg.num_layers // P
+    for pattern, packing in table.items():
+        for i in range(cfg.num_layers) if "{i}" in pattern else (None,):
+            layer = None
+            where = ""
+            if i is not None:
+                stacked = i < repeats * P
+                where = f"blocks/{i % P}/" if stacked else f"tail/{i - repeats * P}/"
+                layer = i // P if stacked else None
+            paths = [_find(where, leaf, leaves) for leaf in packing.leaves]
+            if None in paths:
+                continue
+            used |= set(paths)
+            whole = [leaves[path].shape[0 if layer is None else 1 :] for path in paths]
+            parts, shapes = _parts(cfg, pattern, whole)
+            for part in parts:
+                name = pattern.format(i=i, e=part, h=part)
+                slots = tuple(Slot(path, layer, part) for path in paths)
+                args = [jax.ShapeDtypeStruct(s, "float32") for s in shapes]
+                made = jax.eval_shape(lambda *x, p=packing: p.write(cfg, jnp, x), *args)
+                entries[name] = Entry(packing, slots, tuple(shapes), made.shape)
+    lost = sorted(leaves.keys() - used)
+    if lost:
+        raise UserError(
+            f"no tensor of a {family.model_type} checkpoint holds {', '.join(lost[:5])}: this model is not "
+            "of that family"
+        )
+    return entries
+
+
+def _find(where: str, leaf: str, leaves: dict[str, Any]) -> str | None:
+    """A layer's leaf; the norms of queries and keys stand inside the attention."""
+    return next((p for p in (f"{where}{leaf}", f"{where}attention/{leaf}") if p in leaves), None)
+
+
+def _parts(
+    cfg: TransformerConfig, pattern: str, shapes: list[tuple[int, ...]]
+) -> tuple[list[int | None], list[tuple[int, ...]]]:
+    """Which parts of its leaves' first axis the tensors of a pattern hold one by one, and their shapes."""
+    if "{e}" in pattern:
+        return list(range(shapes[0][0])), [shape[1:] for shape in shapes]
+    if "{h}" in pattern:
+        return list(range(shapes[0][0] // cfg.head_dim)), [(cfg.head_dim,)] * len(shapes)
+    return [None], shapes
+
+
+def names_in(family: Family, entries: dict[str, Entry], source: Source) -> dict[str, str]:
+    """Tensor of the table -> its name in the file, which may lack the prefix of the whole model.
+
+    Raises:
+        UserError: the file's tensors are not these; the message lists missing, surplus and misshapen ones.
+    """
+    bare = not any(name.startswith(family.prefix) for name in source.shapes)
+    names = {name: name.removeprefix(family.prefix) if bare else name for name in entries}
+    known = set(names.values())
+    ignored = [re.compile(pattern) for pattern in family.ignored]
+    # A tied head is the table, whether or not the file holds it once more.
+    spare = {name for name in source.shapes if re.search(r"(^|\.)(lm_head|embed_out)\.weight$", name)}
+    missing = [name for name in names.values() if name not in source.shapes]
+    surplus = [
+        name
+        for name in source.shapes
+        if name not in known and name not in spare and not any(r.search(name) for r in ignored)
+    ]
+    wrong = [
+        f"{name} has shape {list(source.shapes[name])}, the config asks for {list(entries[ours].shape)}"
+        for ours, name in names.items()
+        if name in source.shapes and source.shapes[name] != entries[ours].shape
+    ]
+    lines = []
+    for title, found in (("missing", missing), ("surplus", surplus), ("misshapen", wrong)):
+        if found:
+            lines += [f"{len(found)} {title}:", *[f"  {line}" for line in found[:20]]]
+            lines += [f"  ... and {len(found) - 20} more"] if len(found) > 20 else []
+    if lines:
+        raise UserError(
+            f"{source.path}: these are not the tensors that its config.json asks for\n" + "\n".join(lines)
+        )
+    return names
+
+
+def read_params(
+    cfg: TransformerConfig, family: Family, source: Source, *, layout: Layout | None = None
+) -> transformer.Params:
+    """The parameters of a checkpoint, in `cfg.param_dtype`, each leaf on its own devices.
+
+    A leaf is made of its tensors and placed before the next is read; of a leaf that is split over devices,
+    each device's part is made by itself.
+
+    Args:
+        cfg: from `read_config`, with the dtypes that are wanted.
+        family: whose tensors these are.
+        source: an open checkpoint.
+        layout: mesh and rules; None = the first device.
+
+    Raises:
+        UserError: missing, surplus or misshapen tensors, all listed.
+    """
+    entries = layout_of(cfg, family)
+    names = names_in(family, entries, source)
+    holders: dict[str, dict[int | None, list[tuple[str, Entry, int]]]] = {}
+    for name, entry in entries.items():
+        for k, slot in enumerate(entry.slots):
+            holders.setdefault(slot.path, {}).setdefault(slot.layer, []).append((name, entry, k))
+
+    def one_layer(path: str, layer: int | None) -> np.ndarray:
+        pieces = []
+        for name, entry, k in holders[path][layer]:
+            tensor = source.read(names[name])
+            pieces.append(entry.packing.read(cfg, tensor, entry.shapes)[k])
+        if holders[path][layer][0][1].slots[0].part is None:
+            return pieces[0]
+        return np.stack(pieces)
+
+    def piece(path: str, leaf: jax.ShapeDtypeStruct, index: tuple[slice, ...]) -> np.ndarray:
+        if None in holders[path]:
+            return _in_dtype(one_layer(path, None).reshape(leaf.shape)[index], leaf.dtype)
+        layers = range(*index[0].indices(leaf.shape[0]))
+        sizes = [len(range(*i.indices(n))) for i, n in zip(index, leaf.shape, strict=True)]
+        out = np.empty(sizes, leaf.dtype)
+        for row, layer in enumerate(layers):
+            out[row] = one_layer(path, layer).reshape(leaf.shape[1:])[index[1:]]
+        return out
+
+    abstract = transformer.abstract_params(cfg)
+    if layout is None:
+        device = jax.devices()[0]
+        return map_named(
+            lambda path, leaf: jax.device_put(
+                piece(path, leaf, (slice(None),) * len(leaf.shape)), device, may_alias=True
+            ),
+            abstract,
+        )
+    shardings = tree_shardings(layout, abstract, transformer.AXES)
+    return map_named(
+        lambda path, leaf, sharding: jax.make_array_from_callback(
+            leaf.shape, sharding, partial(piece, path, leaf)
+        ),
+        abstract,
+        shardings,
+    )
+
+
+def _in_dtype(x: np.ndarray, dtype: Any) -> np.ndarray:
+    return np.ascontiguousarray(x).astype(dtype, copy=False)
+
+
+def tensors_of(
+    cfg: TransformerConfig, family: Family, params: transformer.Params, *, dtype: str
+) -> Iterator[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]]:
+    """`(name, shape, function that makes it)` of every tensor; the inverse of `read_params`."""
+    leaves = dict(named_leaves(params))
+    for name, entry in layout_of(cfg, family).items():
+
+        def make(entry: Entry = entry) -> np.ndarray:
+            parts = []
+            for slot, shape in zip(entry.slots, entry.shapes, strict=True):
+                leaf = leaves[slot.path] if slot.layer is None else leaves[slot.path][slot.layer]
+                x = np.asarray(leaf)
+                parts.append(x if slot.part is None else x.reshape(-1, *shape)[slot.part])
+            return np.asarray(entry.packing.write(cfg, np, parts)).astype(dtype, copy=False)
+
+        yield name, entry.shape, make

@@ -1,0 +1,186 @@
+"""Tiny random checkpoints of every family, made with `transformers`, of sizes that hide no mistake.
+
+Six heads, two of keys, 24 wide: no dimension equals another by accident. Norms and biases are random too.
+"""
+
+from pathlib import Path
+from typing import Any
+
+SIZES = dict(
+    vocab_size=307,
+    hidden_size=72,
+    intermediate_size=88,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+GPT = dict(vocab_size=307, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=10000.0,
+    factor=4.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)
+YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=16)
+MOE = dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=40)
+
+# case -> (model_type, fields of its config)
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", SIZES | dict(head_dim=24)),
+    "llama-tied-biases": (
+        "llama",
+        SIZES | dict(head_dim=24, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+    ),
+    "llama-3.1": ("llama", SIZES | dict(rope_parameters=LLAMA3)),
+    "llama-linear": (
+        "llama",
+        SIZES | dict(rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=2.0)),
+    ),
+    "llama-dynamic": (
+        "llama",
+        SIZES
+        | dict(
+            max_position_embeddings=12, rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)
+        ),
+    ),
+    "llama-yarn": ("llama", SIZES | dict(rope_parameters=YARN)),
+    "mistral": ("mistral", SIZES | dict(head_dim=24, sliding_window=7)),
+    "mixtral": ("mixtral", SIZES | dict(num_local_experts=5, num_experts_per_tok=2, sliding_window=None)),
+    "qwen2": ("qwen2", SIZES),
+    "qwen2-window": ("qwen2", SIZES | dict(use_sliding_window=True, sliding_window=7, max_window_layers=1)),
+    "qwen3": ("qwen3", SIZES | dict(head_dim=24)),
+    "qwen2-moe": (
+        "qwen2_moe",
+        SIZES | MOE | dict(shared_expert_intermediate_size=56, decoder_sparse_step=2, norm_topk_prob=False),
+    ),
+    "qwen3-moe": ("qwen3_moe", SIZES | MOE | dict(head_dim=24, norm_topk_prob=True)),
+    "gemma": ("gemma", SIZES | dict(head_dim=24)),
+    "gemma2": ("gemma2", SIZES | dict(head_dim=24, sliding_window=7, query_pre_attn_scalar=20)),
+    "gemma3": (
+        "gemma3_text",
+        SIZES
+        | dict(
+            head_dim=24,
+            sliding_window=7,
+            query_pre_attn_scalar=20,
+            layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+            rope_parameters={
+                "full_attention": dict(rope_type="linear", rope_theta=1e6, factor=8.0),
+                "sliding_attention": dict(rope_type="default", rope_theta=1e4),
+            },
+        ),
+    ),
+    "olmo": ("olmo", SIZES | dict(clip_qkv=0.3)),
+    "olmo2": ("olmo2", SIZES),
+    "olmoe": ("olmoe", SIZES | dict(num_experts=5, num_experts_per_tok=2, clip_qkv=0.5)),
+    "smollm3": ("smollm3", SIZES | dict(no_rope_layers=[1, 1, 0])),
+    "stablelm": ("stablelm", SIZES | dict(use_qkv_bias=True, partial_rotary_factor=0.5)),
+    "stablelm-parallel": (
+        "stablelm",
+        SIZES | dict(use_parallel_residual=True, qk_layernorm=True, partial_rotary_factor=0.5),
+    ),
+    "cohere": ("cohere", SIZES | dict(use_qk_norm=True)),
+    "phi": ("phi", SIZES | dict(partial_rotary_factor=0.5)),
+    "gpt2": ("gpt2", GPT | dict(n_embd=72, n_layer=3, n_head=6, n_positions=64, n_inner=100)),
+    "gpt-neo": (
+        "gpt_neo",
+        GPT
+        | dict(
+            hidden_size=72,
+            num_layers=3,
+            num_heads=6,
+            intermediate_size=100,
+            max_position_embeddings=64,
+            attention_types=[[["global", "local"], 1], [["local"], 1]],
+            window_size=7,
+        ),
+    ),
+    "gpt-j": ("gptj", GPT | dict(n_embd=72, n_layer=3, n_head=6, n_positions=64, rotary_dim=8)),
+    "gpt-neox": ("gpt_neox", SIZES | dict(rotary_pct=0.5)),
+    "gpt-neox-serial": (
+        "gpt_neox",
+        SIZES | dict(use_parallel_residual=False, attention_bias=False, rotary_pct=0.5),
+    ),
+    "opt": (
+        "opt",
+        GPT
+        | dict(
+            hidden_size=72,
+            num_hidden_layers=3,
+            ffn_dim=88,
+            num_attention_heads=6,
+            max_position_embeddings=64,
+            word_embed_proj_dim=72,
+        ),
+    ),
+    "bloom": ("bloom", GPT | dict(hidden_size=72, n_layer=3, n_head=6)),
+    "mpt": ("mpt", GPT | dict(d_model=72, n_layers=3, n_heads=6, max_seq_len=64, expansion_ratio=2)),
+    "falcon-7b": (
+        "falcon",
+        GPT | dict(hidden_size=72, num_hidden_layers=3, num_attention_heads=6),
+    ),
+    "falcon-40b": (
+        "falcon",
+        GPT
+        | dict(
+            hidden_size=72,
+            num_hidden_layers=3,
+            num_attention_heads=6,
+            num_kv_heads=2,
+            new_decoder_architecture=True,
+        ),
+    ),
+    "falcon-11b": (
+        "falcon",
+        GPT
+        | dict(
+            hidden_size=72,
+            num_hidden_layers=3,
+            num_attention_heads=6,
+            num_kv_heads=2,
+            new_decoder_architecture=True,
+            num_ln_in_parallel_attn=1,
+            ffn_hidden_size=100,
+        ),
+    ),
+    "falcon-rw": (
+        "falcon",
+        GPT
+        | dict(
+            hidden_size=72,
+            num_hidden_layers=3,
+            num_attention_heads=6,
+            alibi=True,
+            multi_query=False,
+            parallel_attn=False,
+            bias=True,
+        ),
+    ),
+    "gpt-1": ("openai-gpt", GPT | dict(n_embd=72, n_layer=3, n_head=6, n_positions=64)),
+}
+
+
+def make(case: str, folder: Path) -> Any:
+    """Write the case's checkpoint into `folder`; returns the model in eval mode."""
+    import torch
+    import transformers
+
+    model_type, fields = CASES[case]
+    torch.manual_seed(sum(map(ord, case)))
+    config = transformers.AutoConfig.for_model(model_type, **fields)
+    config._attn_implementation = "eager"
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim == 1 or "bias" in name:
+                p.copy_(0.3 * torch.randn(p.shape) + (1.0 if "norm" in name or "ln_" in name else 0.0))
+            else:
+                p.copy_(torch.randn(p.shape) * (0.5 if "embed" in name else 1.5 * p.shape[-1] ** -0.5))
+    model.save_pretrained(folder)
+    return model
