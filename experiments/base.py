@@ -73,7 +73,7 @@ def get_config(size: str = "full") -> ConfigDict:
     model.attention.qk_norm_over = (
         "head"  # head | heads (each with a scale of its own) | all (of them together)
     )
-    model.attention.clip_qkv = 0.0  # queries, keys and values are clipped to this size; 0 = off (OLMo, MPT)
+    model.attention.clip_qkv = 0.0  # queries, keys and values, normalised ones too, are clipped to this
     # one learned extra logit a head that takes weight and gives nothing (GPT-OSS)
     model.attention.sinks = False
     model.attention.qkv_bias = False  # biases on the query, key and value projections

@@ -132,7 +132,9 @@ def write_config(family: Family, cfg: TransformerConfig, kept: HFConfig) -> dict
         return {**named, **kept}
     ours = {key: _at(cfg, name) for key, name in family.keys.items()}
     kept = {key: value for key, value in kept.items() if key not in ("rope_parameters", "rope_scaling")}
-    hf = {**family.defaults, **kept, **named, **ours, **family.write(cfg)}
+    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # not their defaults' ids
+    hf = {**tokens, **family.defaults, **kept, **named, **ours, **family.write(cfg)}
+    hf.pop("default_theta", None)
     again = read_config(family, hf)
     lines = [f"{name}: {a!r} here, {b!r} there" for name, a, b in _differences(cfg, again)]
     check(not lines, f"no {family.model_type} model has these fields:\n  " + "\n  ".join(lines))

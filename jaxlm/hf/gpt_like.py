@@ -246,8 +246,7 @@ def _mpt(hf: HFConfig) -> Fields:
     refuse(hf, no_bias=True, logit_scale=None)
     return {
         "norm": "layernorm_scale",
-        "norm_eps": 1e-5,
-        "mlp_dim": hf["expansion_ratio"] * hf["d_model"],
+        "mlp_dim": 4 * hf["d_model"],  # whatever expansion_ratio says: `transformers` does not read it
         "position.kind": "alibi",
         "activation": "gelu",
         "attention.clip_qkv": float(attention.get("clip_qkv") or 0.0),
@@ -258,7 +257,6 @@ def _mpt(hf: HFConfig) -> Fields:
 def _mpt_keys(cfg: TransformerConfig) -> dict[str, Any]:
     attention = {"alibi": True, "alibi_bias_max": 8, "clip_qkv": cfg.attention.clip_qkv or None}
     return {
-        "expansion_ratio": cfg.mlp_width // cfg.model_dim,
         "attn_config": {**attention, "softmax_scale": cfg.attention.scale or None},
         "no_bias": True,
     }
@@ -525,6 +523,7 @@ FAMILIES = (
             "d_model": "model_dim",
             "n_layers": "num_layers",
             "n_heads": "attention.num_heads",
+            "layer_norm_epsilon": "norm_eps",
             "tie_word_embeddings": "tie_embeddings",
         },
         _mpt,
@@ -543,7 +542,7 @@ FAMILIES = (
                 },
             ),
         },
-        defaults={**TIED, "expansion_ratio": 4},
+        defaults={**TIED, "layer_norm_epsilon": 1e-5},
         prefix="transformer.",
     ),
     Family(

@@ -153,7 +153,6 @@ def _experts(hf: HFConfig) -> Fields:
         "moe.top_k": hf["num_experts_per_tok"],
         "moe.expert_dim": hf["moe_intermediate_size"],
         "moe.normalize": hf["norm_topk_prob"],
-        "moe.load_balance": hf.get("router_aux_loss_coef", 0.001),
     }
 
 
@@ -244,13 +243,13 @@ def _gemma_2(hf: HFConfig, *, alternate: int = 2) -> Fields:
 
 
 def _gemma_2_keys(cfg: TransformerConfig) -> dict[str, Any]:
-    scale = cfg.attention.scale or cfg.head_dim**-0.5
+    scalar = round((cfg.attention.scale or cfg.head_dim**-0.5) ** -2, 6)
     return {
         **base_keys(cfg, act="hidden_activation"),
         **_both_biases_keys(cfg),
         "layer_types": layer_names(cfg),
         "sliding_window": cfg.attention.window or None,
-        "query_pre_attn_scalar": round(scale**-2, 6),
+        "query_pre_attn_scalar": int(scalar) if scalar.is_integer() else scalar,
         "attn_logit_softcapping": cfg.attention.softcap or None,
         "final_logit_softcapping": cfg.logit_softcap or None,
     }

@@ -65,7 +65,7 @@ def head_rows(leaf: str) -> Packing:
 def joined_qkv(*, bias: bool = False, torch: bool = True, grouped: bool = False) -> Packing:
     """Queries, keys and values in one matrix or one bias.
 
-    Joined whole (all of q, of k, of v) or, `grouped`, for each key head: its G query heads, its key, its value.
+    Joined whole (all of q, of k, of v) or, `grouped`, by key heads: each one's G query heads, key and value.
     """
     names = ("bq", "bk", "bv") if bias else ("wq", "wk", "wv")
 

@@ -35,7 +35,7 @@ class AttentionConfig:
     qk_norm: bool = False  # normalise queries and keys before the rotation
     qk_norm_kind: str = "rmsnorm"  # name in jaxlm.model.layers.NORMS
     qk_norm_over: str = "head"  # head | heads (each with a scale of its own) | all (of them together)
-    clip_qkv: float = 0.0  # queries, keys and values are clipped to this size; 0 = off (OLMo, MPT)
+    clip_qkv: float = 0.0  # queries, keys and values, normalised ones too, are clipped to this size; 0 = off
     sinks: bool = False  # one learned extra logit a head that takes weight and gives nothing (GPT-OSS)
     qkv_bias: bool = False  # biases on the query, key and value projections
     out_bias: bool = False  # bias on the output projection
@@ -130,6 +130,8 @@ class Attention(nn.Module):
             if cfg.qkv_bias:
                 b_NH = self.param(f"b{name}", nn.initializers.zeros, (heads, H), self.param_dtype)
                 y = y + b_NH.astype(self.dtype)
+            if cfg.qk_norm and name != "v":
+                y = normalised(name, y)
             return jnp.clip(y, -cfg.clip_qkv, cfg.clip_qkv) if cfg.clip_qkv else y
 
         def normalised(name: str, x_BTNH: Array) -> Array:
@@ -145,8 +147,6 @@ class Attention(nn.Module):
         source = ctx.memory_BSD if self.cross else x_BTD
         with jax.named_scope("qkv"):
             q_BTNH, k_BSKH, v_BSKH = project("q", x_BTD, N), project("k", source, K), project("v", source, K)
-        if cfg.qk_norm:
-            q_BTNH, k_BSKH = normalised("q", q_BTNH), normalised("k", k_BSKH)
         if ctx.rotation is not None and self.rotates:
             with jax.named_scope("rope"):
                 cos, sin = ctx.rotation["local" if self.window else "global"]

@@ -120,7 +120,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         ),
     ),
     "bloom": ("bloom", GPT | dict(hidden_size=72, n_layer=3, n_head=6)),
-    "mpt": ("mpt", GPT | dict(d_model=72, n_layers=3, n_heads=6, max_seq_len=64, expansion_ratio=2)),
+    "mpt": ("mpt", GPT | dict(d_model=72, n_layers=3, n_heads=6, max_seq_len=64)),
     "falcon-7b": (
         "falcon",
         GPT | dict(hidden_size=72, num_hidden_layers=3, num_attention_heads=6),
@@ -174,7 +174,8 @@ def make(case: str, folder: Path) -> Any:
     model_type, fields = CASES[case]
     torch.manual_seed(sum(map(ord, case)))
     config = transformers.AutoConfig.for_model(model_type, **fields)
-    config._attn_implementation = "eager"
+    # Their eager code adds ALiBi twice where the positions are Falcon's.
+    config._attn_implementation = "sdpa" if model_type == "falcon" else "eager"
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():
         for name, p in model.named_parameters():

@@ -1,4 +1,4 @@
-"""Every family against `transformers`: logits, hidden states, continuations, both spellings, there and back."""
+"""Every family against `transformers`: logits, hidden states, continuations, both spellings, and back."""
 
 import json
 import sys
@@ -117,7 +117,7 @@ def test_import_and_export_are_inverse(case, made, tmp_path):
     assert read_config(family, fresh) == read_config(family, kept)
     (tmp_path / "kept" / "config.json").write_text(json.dumps(fresh))
     again = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "kept", attn_implementation="eager", dtype=torch.float32
+        tmp_path / "kept", attn_implementation=model.config._attn_implementation, dtype=torch.float32
     ).eval()
     row = rows()[0]
     np.testing.assert_array_equal(theirs_of(again, row)[0], theirs_of(model, row)[0])
