@@ -15,11 +15,16 @@ from typing import Any
 
 from absl import flags
 
-from jaxlm import lab_verbs, preflight_verbs, verbs
+from jaxlm import hf_verbs, lab_verbs, preflight_verbs, verbs
 from jaxlm.errors import UserError, nearest
 from jaxlm.verbs import Verb, about
 
-VERBS: dict[str, Verb] = {**verbs.VERBS, **lab_verbs.VERBS, **preflight_verbs.VERBS}
+VERBS: dict[str, Verb] = {
+    **verbs.VERBS,
+    **hf_verbs.VERBS,
+    **lab_verbs.VERBS,
+    **preflight_verbs.VERBS,
+}
 
 # Failures of the file system that a user can mend; any other OSError is a bug and shows its traceback.
 _FILE_SYSTEM = {

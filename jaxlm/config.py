@@ -144,6 +144,15 @@ def default_config(cls: type = RunConfig) -> ConfigDict:
     return out
 
 
+def config_dict_of(config: Any) -> ConfigDict:
+    """A frozen config as a ConfigDict that can be overridden; the inverse of `build`."""
+    out = default_config(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        out[field.name] = config_dict_of(value) if dataclasses.is_dataclass(value) else value
+    return out
+
+
 def build(config: ConfigDict | Mapping[str, Any], cls: type = RunConfig, path: str = "") -> Any:
     """The frozen dataclass that `config` describes; missing keys take the field's default.
 
@@ -346,13 +355,16 @@ def diff(a: Any, b: Any) -> list[str]:
 
 
 def load_experiment(spec: str) -> ConfigDict:
-    """The ConfigDict of `path/to/experiment.py` or `path/to/experiment.py:arg`.
+    """The ConfigDict of `path/to/experiment.py` or `path/to/experiment.py:arg`, or a run directory's own.
 
     Raises:
         UserError: no such file (nearest name offered), no `get_config` in it, or it refuses its argument.
     """
     file, colon, arg = spec.partition(":")
     path = pathlib.Path(file)
+    if (path / "config.json").is_file():
+        check(not colon, f"--config={spec}: the config of a run directory takes no argument")
+        return config_dict_of(load_config(path / "config.json"))
     if not path.is_file():
         beside = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
         raise UserError(f"--config={spec}: there is no file {file}{nearest(file, beside)}")

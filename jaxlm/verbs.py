@@ -105,17 +105,19 @@ def _checkpoint_flags(values: flags.FlagValues) -> None:
 
 def _checkpoint(values: flags.FlagValues) -> dict[str, Any]:
     """Which parameters, and on which mesh, as the flags of `_checkpoint_flags` say."""
+    return {"step": values.step, "ema": values.ema, "mesh": mesh_of(values.mesh)}
+
+
+def mesh_of(text: str) -> Any:
+    """The `MeshConfig` of a flag such as 'fsdp=4,tensor=2'; None of an empty one."""
     from jaxlm.config import build
     from jaxlm.sharding import MeshConfig
 
-    mesh = None
-    if values.mesh:
-        pairs = [part.partition("=") for part in values.mesh.split(",")]
-        whole = re.compile(r"-?\d+")
-        mesh = build(
-            {k.strip(): int(v) if whole.fullmatch(v) else v for k, _, v in pairs}, MeshConfig, "--mesh"
-        )
-    return {"step": values.step, "ema": values.ema, "mesh": mesh}
+    if not text:
+        return None
+    pairs = [part.partition("=") for part in text.split(",")]
+    whole = re.compile(r"-?\d+")
+    return build({k.strip(): int(v) if whole.fullmatch(v) else v for k, _, v in pairs}, MeshConfig, "--mesh")
 
 
 def _sample_flags(values: flags.FlagValues) -> None:

@@ -29,10 +29,12 @@ L0 = {
 }
 L1 = {"model", "data", "optim"}
 L2 = {"objectives", "generate", "scaling"}
+HF = {"hf"}  # between L2 and L3: what it loads can also generate
 L3 = {"evaluate", "train"}
 ALLOWED = {
     **dict.fromkeys(L0 | L1, L0),
     **dict.fromkeys(L2, L0 | L1),
+    **dict.fromkeys(HF, L0 | L1 | {"generate"}),
     **dict.fromkeys(L3, L0 | L1 | L2 | L3),
 }
 # The assembler, what reads a run directory, the configs, sweeps, preflights and the command see every room.
@@ -45,6 +47,8 @@ TOP = {
     "verbs",
     "lab_verbs",
     "preflight_verbs",
+    "hf_verbs",
+    "train/imported",
     "__main__",
 }
 TOP |= {f"{name}/{path.stem}" for name in ("sweep", "preflight") for path in (PACKAGE / name).glob("*.py")}

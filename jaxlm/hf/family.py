@@ -41,10 +41,10 @@ class Family:
 GROUPS = {"attention": AttentionConfig, "position": PositionConfig, "moe": MoEConfig}
 # How a model is run and trained, not what it computes.
 _EXECUTION = {
-    "": ("dropout", "init_std", "scan", "remat", "dtype", "param_dtype", "accum_dtype", "parametrization")
-    + ("base_width", "base_depth", "base_head_dim"),
-    "attention": ("backend", "context", "tile_q", "tile_k"),
-    "moe": ("dispatch", "capacity_factor", "dropless_backend", "load_balance", "router_z"),
+    "": "dropout init_std scan remat dtype param_dtype accum_dtype parametrization base_width base_depth "
+    "base_head_dim",
+    "attention": "backend context tile_q tile_k",
+    "moe": "dispatch capacity_factor dropless_backend exchange buffer_factor load_balance router_z",
 }
 
 
@@ -63,7 +63,7 @@ def canonical(cfg: TransformerConfig) -> TransformerConfig:
 
     def defaults(part: Any, group: str) -> dict[str, Any]:
         known = {field.name: field.default for field in dataclasses.fields(part)}
-        return {name: known[name] for name in _EXECUTION.get(group, ()) if name in known}
+        return {name: known[name] for name in _EXECUTION[group].split() if name in known}
 
     def period(pattern: tuple[str, ...]) -> tuple[str, ...]:
         return shortest([pattern[i % len(pattern)] for i in range(cfg.num_layers)])

@@ -1,0 +1,157 @@
+"""`jaxlm hf import` and `export`: run directories, refusals, sharded files, meshes."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("safetensors", reason="checkpoints need the extra `pip install 'jaxlm[hf]'`")
+from safetensors.numpy import load_file, save_file
+
+import jaxlm.hf
+from jaxlm.cli import main
+from jaxlm.errors import UserError
+from jaxlm.hf.families import FAMILIES
+from jaxlm.hf.files import INDEX, write_folder
+from jaxlm.hf.pretrained import Pretrained, save
+from jaxlm.hf.transfer import tensors_of
+from jaxlm.model import transformer
+from jaxlm.model.attention import AttentionConfig
+from jaxlm.model.config import TransformerConfig
+from jaxlm.sharding import MeshConfig, make_layout
+from jaxlm.tree import named_leaves
+
+CFG = TransformerConfig(
+    vocab_size=256,
+    num_layers=3,
+    model_dim=32,
+    mlp_dim=48,
+    attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=16),
+    param_dtype="bfloat16",
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A bf16 llama in two shards."""
+    path = tmp_path_factory.mktemp("llama")
+    params = transformer.init(CFG, jax.random.key(0))
+    save(Pretrained(CFG, params, FAMILIES["llama"], {}), path / "whole")
+    whole = Pretrained(CFG, params, FAMILIES["llama"], {})
+    tensors = {n: (shape, make) for n, shape, make in tensors_of(CFG, whole.family, params, dtype="bfloat16")}
+    config = json.loads((path / "whole" / "config.json").read_text())
+    write_folder(path / "cut", config, tensors, itemsize=2, shard_bytes=40_000)
+    return path
+
+
+def test_shards_and_meshes_give_the_same_parameters(folder):
+    assert len(list((folder / "cut").glob("*.safetensors"))) > 1
+    assert (folder / "cut" / INDEX).is_file()
+    whole = jaxlm.hf.load(folder / "whole")
+    layout = make_layout(MeshConfig(data=2, fsdp=2, tensor=2))
+    split = jaxlm.hf.load(folder / "cut", layout=layout)
+    assert whole.cfg.param_dtype == "bfloat16"
+    for (name, a), (_, b) in zip(named_leaves(whole.params), named_leaves(split.params), strict=True):
+        if "wq" in name:
+            assert b.sharding.shard_shape(b.shape) != b.shape
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    ids = np.arange(10).reshape(2, 5)
+    np.testing.assert_allclose(whole.logits(ids), split.logits(ids), atol=1e-4)
+
+
+def broken(folder, tmp_path, change):
+    tensors = load_file(folder / "whole" / "model.safetensors")
+    change(tensors)
+    (tmp_path / "config.json").write_text((folder / "whole" / "config.json").read_text())
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    return tmp_path
+
+
+def test_what_is_missing_surplus_and_misshapen_is_listed(folder, tmp_path):
+    def change(tensors):
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+        tensors["model.layers.7.extra.weight"] = np.zeros((2, 2), np.float32)
+        tensors["model.norm.weight"] = np.zeros((31,), np.float32)
+
+    with pytest.raises(UserError) as error:
+        jaxlm.hf.load(broken(folder, tmp_path, change))
+    text = str(error.value)
+    assert "1 missing:\n  model.layers.1.mlp.up_proj.weight" in text
+    assert "1 surplus:\n  model.layers.7.extra.weight" in text
+    assert "model.norm.weight has shape [31], the config asks for [32]" in text
+
+
+def test_files_of_the_bare_model_go_without_the_prefix(folder, tmp_path):
+    def change(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+    bare = jaxlm.hf.load(broken(folder, tmp_path, change))
+    whole = jaxlm.hf.load(folder / "whole")
+    ids = np.arange(5)[None]
+    np.testing.assert_array_equal(bare.logits(ids), whole.logits(ids))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "lama"}, "did you mean 'llama'"),
+        ({"hidden_act": "sigmoid"}, "hidden_act='sigmoid' is not one of"),
+        ({"rope_scaling": {"rope_type": "magic"}}, "'magic' is not one of"),
+        ({"num_attention_heads": 5}, "must divide num_heads=5"),
+    ],
+)
+def test_configs_that_cannot_be_are_refused(folder, tmp_path, fields, message):
+    config = json.loads((folder / "whole" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | fields))
+    (tmp_path / "model.safetensors").write_bytes((folder / "whole" / "model.safetensors").read_bytes())
+    with pytest.raises(UserError, match=message):
+        jaxlm.hf.load(tmp_path)
+
+
+def test_a_model_that_no_family_has_is_refused_by_field(tmp_path):
+    cfg = dataclasses.replace(CFG, logit_softcap=20.0)
+    params = transformer.init(cfg, jax.random.key(0))
+    with pytest.raises(UserError, match=r"logit_softcap: 20.0 here, 0.0 there"):
+        save(Pretrained(cfg, params, FAMILIES["llama"], {}), tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_verbs_work_on_an_imported_run_and_training_goes_on_from_it(folder, tmp_path, capsys):
+    run, tuned, text = tmp_path / "run", tmp_path / "tuned", tmp_path / "text.txt"
+    text.write_text("To be, or not to be, that is the question. " * 40)
+    assert main(["hf", "import", f"--model={folder / 'cut'}", f"--workdir={run}"]) == 0
+    assert "no tokenizer file came with it" in capsys.readouterr().out
+    assert main(["sample", f"--workdir={run}", "--prompt=To be", "--max_new_tokens=4"]) == 0
+    assert main(["evaluate", f"--workdir={run}", f"--data={text}", "--batch_size=8"]) == 0
+    before = json.loads(capsys.readouterr().out.split("\n{", 1)[1].join(["{", ""]))["nll"]
+    flags = {
+        "train.warm_start": run,
+        "train.num_steps": 8,
+        "data.train": text,
+        "data.eval": text,
+        "data.batch_size": 8,
+        "data.seq_len": 32,
+        "optim.lr": 3e-3,
+        "optim.warmup": 0.0,
+        "train.sample_prompts": (),
+        "train.plot_every": 0,
+    }
+    overrides = [f"--config.{name}={value}" for name, value in flags.items()]
+    assert main(["config", f"--config={run}", *overrides]) == 0
+    assert main(["train", f"--config={run}", f"--workdir={tuned}", *overrides]) == 0
+    after = json.loads((tuned / "result.json").read_text())["eval/nll"]
+    assert after < before - 0.1
+    for source, out in ((run, tmp_path / "same"), (tuned, tmp_path / "new")):
+        assert main(["hf", "export", f"--workdir={source}", f"--out={out}"]) == 0
+    original = load_file(folder / "whole" / "model.safetensors")
+    same, new = (load_file(tmp_path / name / "model.safetensors") for name in ("same", "new"))
+    assert original.keys() == same.keys() == new.keys()
+    for name, tensor in original.items():
+        np.testing.assert_array_equal(tensor, same[name])
+    assert any((original[name] != new[name]).any() for name in original)
+    assert main(["hf", "import", f"--model={folder / 'cut'}", f"--workdir={run}"]) == 2
+    assert main(["hf", "export", f"--workdir={run}", f"--out={tmp_path / 'same'}"]) == 2
+    assert main(["hf", "imprt"]) == 2
