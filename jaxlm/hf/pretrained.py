@@ -18,6 +18,7 @@ from jaxlm.generate.sampling import SampleConfig
 from jaxlm.hf.families import family_of
 from jaxlm.hf.family import Family, read_config, write_config
 from jaxlm.hf.files import Source, open_folder, write_folder
+from jaxlm.hf.gguf_files import open_gguf
 from jaxlm.hf.transfer import read_params, tensors_of
 from jaxlm.model import transformer
 from jaxlm.model.config import TransformerConfig
@@ -34,9 +35,10 @@ def open_checkpoint(path: str | Path) -> Iterator[Source]:
         UserError: nothing there that can be read.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise UserError(f"{path} is not a folder with config.json and safetensors")
-    with open_folder(path) as source:
+    if not path.is_dir() and path.suffix != ".gguf":
+        raise UserError(f"{path} is neither a folder with config.json and safetensors nor a .gguf file")
+    check(path.exists(), f"{path} does not exist")
+    with open_folder(path) if path.is_dir() else open_gguf(path) as source:
         yield source
 
 
@@ -47,10 +49,10 @@ def load(
     param_dtype: str = "",
     layout: Layout | None = None,
 ) -> "Pretrained":
-    """The model of a Hugging Face folder.
+    """The model of a Hugging Face folder or of a GGUF file.
 
     Args:
-        path: folder with config.json and safetensors.
+        path: folder with config.json and safetensors, or a llama's `*.gguf`.
         dtype: in which it computes.
         param_dtype: in which the weights are kept; '' = as in the files.
         layout: mesh and rules to spread it over; None = the first device.

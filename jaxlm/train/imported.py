@@ -13,6 +13,7 @@ from jaxlm.errors import UserError, check_choice
 from jaxlm.hf.families import FAMILIES, family_of
 from jaxlm.hf.family import Family, HFConfig, write_config
 from jaxlm.hf.files import TOKENIZER_FILES, read_json
+from jaxlm.hf.gguf_files import write_tokenizer
 from jaxlm.hf.pretrained import Pretrained, load, save
 from jaxlm.model.config import TransformerConfig
 from jaxlm.sharding import MeshConfig, make_layout
@@ -67,8 +68,11 @@ def import_model(
         raise UserError(f"{workdir} holds a run already; choose another directory")
     mesh = MeshConfig() if mesh is None else mesh
     model = load(path, dtype=dtype, param_dtype=param_dtype, layout=make_layout(mesh))
-    folder = path if path.is_dir() else path.parent
-    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    workdir.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        has_tokenizer = any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    else:
+        has_tokenizer = write_tokenizer(path, workdir / "tokenizer")
     data = DataConfig(
         tokenizer=str(workdir / "tokenizer") if has_tokenizer else DataConfig.tokenizer,
         seq_len=min(int(model.config.get("max_position_embeddings") or 1024), 1024),
@@ -76,7 +80,8 @@ def import_model(
     cfg = RunConfig(model=model.cfg, data=data, mesh=mesh)
     open_run_dir(workdir, to_dict(cfg), sha256=config_hash(cfg), diff=diff)
     with RunLock(workdir):
-        _copy(folder, workdir / "tokenizer")
+        if path.is_dir():
+            _copy(path, workdir / "tokenizer")
         workdir.joinpath(*KEPT).parent.mkdir(exist_ok=True)
         write_json(workdir.joinpath(*KEPT), model.config)
         state = TrainState(jnp.zeros((), jnp.int32), model.params, (), jnp.zeros((2,), jnp.uint32))
