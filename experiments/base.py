@@ -41,6 +41,9 @@ def get_config(size: str = "full") -> ConfigDict:
     model.parallel_norms = False  # the MLP of a parallel block has a norm of its own (GPT-NeoX)
     model.embed_norm = False  # a norm right after the embeddings (BLOOM, BERT)
     model.head_bias = False  # a bias on the logits
+    model.head_transform = False  # a dense layer, the activation and a norm before the logits (BERT)
+    model.pooler = False  # a dense layer and tanh on the first column (BERT)
+    model.token_types = 0  # embeddings of the kinds of tokens, such as first and second sentence; 0 = none
     model.tie_embeddings = False  # the head is the embedding table
     model.scale_embeddings = False  # embeddings times sqrt(D) (Gemma)
     model.logit_scale = 1.0  # logits are multiplied by it

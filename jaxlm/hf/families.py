@@ -1,11 +1,11 @@
 """All families by the model_type of their config.json."""
 
 from jaxlm.errors import UserError, nearest
-from jaxlm.hf import gpt_like, llama_like
+from jaxlm.hf import bert_like, gpt_like, llama_like
 from jaxlm.hf.family import Family, HFConfig
 
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (*llama_like.FAMILIES, *gpt_like.FAMILIES)
+    family.model_type: family for family in (*llama_like.FAMILIES, *gpt_like.FAMILIES, *bert_like.FAMILIES)
 }
 
 

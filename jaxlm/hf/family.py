@@ -28,6 +28,7 @@ class Family:
     tensors: Mapping[str, Packing]
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of fields that files leave out
     prefix: str = "model."  # of all tensors but the head's; files of the bare model go without it
+    bare: tuple[str, ...] = ()  # classes whose files go without the prefix
     ignored: tuple[str, ...] = ()  # regexes of tensors that hold nothing learned
     alternatives: Callable[[TransformerConfig], Mapping[str, Packing]] | None = (
         None  # tensors that depend on cfg
@@ -42,7 +43,7 @@ GROUPS = {"attention": AttentionConfig, "position": PositionConfig, "moe": MoECo
 # How a model is run and trained, not what it computes.
 _EXECUTION = {
     "": "dropout init_std scan remat dtype param_dtype accum_dtype parametrization base_width base_depth "
-    "base_head_dim",
+    "base_head_dim quant",
     "attention": "backend context tile_q tile_k",
     "moe": "dispatch capacity_factor dropless_backend exchange buffer_factor load_balance router_z",
 }

@@ -21,6 +21,7 @@ from jaxlm.hf.files import Source, open_folder, write_folder
 from jaxlm.hf.gguf_files import open_gguf
 from jaxlm.hf.transfer import read_params, tensors_of
 from jaxlm.model import transformer
+from jaxlm.model.activations import activations
 from jaxlm.model.config import TransformerConfig
 from jaxlm.sharding import Layout, use
 
@@ -84,11 +85,12 @@ def save(model: "Pretrained", folder: str | Path, *, dtype: str = "") -> None:
     dtype = dtype or model.cfg.param_dtype
     config = write_config(model.family, model.cfg, model.config)
     spelling = "torch_dtype" if "torch_dtype" in config else "dtype"
+    prefix = model.family.prefix if config["architectures"][0] in model.family.bare else ""
     tensors = tensors_of(model.cfg, model.family, model.params, dtype=dtype)
     write_folder(
         Path(folder),
         {**config, spelling: dtype},
-        {name: (shape, make) for name, shape, make in tensors},
+        {name.removeprefix(prefix): (shape, make) for name, shape, make in tensors},
         itemsize=np.dtype(dtype).itemsize,
     )
 
@@ -104,7 +106,11 @@ class Pretrained:
     layout: Layout | None = None
 
     def logits(
-        self, input_ids: Ids, attention_mask: Ids | None = None, position_ids: Ids | None = None
+        self,
+        input_ids: Ids,
+        attention_mask: Ids | None = None,
+        position_ids: Ids | None = None,
+        token_type_ids: Ids | None = None,
     ) -> Float[np.ndarray, "B T V"]:
         """Logits after every token, float32.
 
@@ -112,20 +118,53 @@ class Pretrained:
             input_ids: [B, T].
             attention_mask: [B, T], 1 = a token, 0 = padding; default all tokens.
             position_ids: [B, T]; default: tokens of a row are counted from 0, padding is not.
+            token_type_ids: [B, T], of models that have them; default 0.
+
+        Raises:
+            UserError: arrays of different shapes, or an encoder without a head.
         """
+        headless = not self.cfg.causal and not self.cfg.head_transform
+        check(
+            not headless, f"{self.config.get('architectures')} has no head: use hidden_states or mean_pooled"
+        )
         with use(self.layout):
-            return np.asarray(self._logits(self.params, *_inputs(input_ids, attention_mask, position_ids)))
+            return np.asarray(
+                self._logits(self.params, *_inputs(input_ids, attention_mask, position_ids, token_type_ids))
+            )
 
     def hidden_states(
-        self, input_ids: Ids, attention_mask: Ids | None = None, position_ids: Ids | None = None
+        self,
+        input_ids: Ids,
+        attention_mask: Ids | None = None,
+        position_ids: Ids | None = None,
+        token_type_ids: Ids | None = None,
     ) -> tuple[Float[np.ndarray, "B T D"], ...]:
         """L + 1 arrays: the embeddings, then the stream after each layer, the last one after the last norm.
 
         Arguments as for `logits`; these are the `hidden_states` of `transformers`.
         """
         with use(self.layout):
-            states = self._states(self.params, *_inputs(input_ids, attention_mask, position_ids))
+            states = self._states(
+                self.params, *_inputs(input_ids, attention_mask, position_ids, token_type_ids)
+            )
         return tuple(np.asarray(x) for x in states)
+
+    def pooled(
+        self, input_ids: Ids, attention_mask: Ids | None = None, token_type_ids: Ids | None = None
+    ) -> Float[np.ndarray, "B D"]:
+        """What BERT's pooler makes of the first column of rows padded on the right."""
+        check(self.cfg.pooler, f"{self.config.get('architectures')} has no pooler")
+        last = self.hidden_states(input_ids, attention_mask, None, token_type_ids)[-1]
+        return np.asarray(transformer.pool(self.cfg, self.params, jnp.asarray(last)))
+
+    def mean_pooled(
+        self, input_ids: Ids, attention_mask: Ids | None = None, token_type_ids: Ids | None = None
+    ) -> Float[np.ndarray, "B D"]:
+        """The mean of the last hidden states over each row's tokens: an embedding of a sentence."""
+        last = self.hidden_states(input_ids, attention_mask, None, token_type_ids)[-1]
+        mask = np.ones(last.shape[:2]) if attention_mask is None else np.asarray(attention_mask)
+        weights = mask / mask.sum(1, keepdims=True)
+        return np.einsum("btd,bt->bd", last, weights).astype(np.float32)
 
     def generate(
         self,
@@ -154,7 +193,7 @@ class Pretrained:
         Returns:
             [B, T + n], n = the longest continuation.
         """
-        ids, mask, _ = _inputs(input_ids, attention_mask, None)
+        ids, mask, *_ = _inputs(input_ids, attention_mask)
         mask = np.ones(ids.shape, bool) if mask is None else np.asarray(mask, bool)
         eos = self.config.get("eos_token_id") if eos_token_id is None else eos_token_id
         eos = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
@@ -175,9 +214,8 @@ class Pretrained:
     def _logits(self) -> Any:
         cfg = self.cfg
 
-        def logits(params: Any, ids_BT: Any, mask_BT: Any, positions_BT: Any) -> jax.Array:
-            where = _where(mask_BT, positions_BT)
-            hidden_BTD, _, _ = transformer.apply(cfg, params, ids_BT, **where)
+        def logits(params: Any, ids_BT: Any, *inputs_BT: Any) -> jax.Array:
+            hidden_BTD, _, _ = transformer.apply(cfg, params, ids_BT, **_where(*inputs_BT))
             return transformer.unembed(cfg, params, hidden_BTD)
 
         return jax.jit(logits)
@@ -186,8 +224,8 @@ class Pretrained:
     def _states(self) -> Any:
         cfg = self.cfg
 
-        def states(params: Any, ids_BT: Any, mask_BT: Any, positions_BT: Any) -> list[jax.Array]:
-            seen = transformer.activations(cfg, params, ids_BT, **_where(mask_BT, positions_BT))
+        def states(params: Any, ids_BT: Any, *inputs_BT: Any) -> list[jax.Array]:
+            seen = activations(cfg, params, ids_BT, **_where(*inputs_BT))
             return [seen["embedding"], *seen["residual"][:-1], seen["hidden"]]
 
         return jax.jit(states)
@@ -197,18 +235,22 @@ class Pretrained:
         return Generator(decoder(self.cfg), layout=self.layout, eos_ids=eos)
 
 
-def _inputs(ids: Any, mask: Any, positions: Any) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+def _inputs(
+    ids: Any, mask: Any = None, positions: Any = None, types: Any = None
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None, np.ndarray | None]:
     ids = np.asarray(ids)
     check(ids.ndim == 2, f"input_ids has shape {list(ids.shape)}, expected [batch, columns]")
-    for name, x in (("attention_mask", mask), ("position_ids", positions)):
+    for name, x in (("attention_mask", mask), ("position_ids", positions), ("token_type_ids", types)):
         ok = x is None or np.shape(x) == ids.shape
         check(ok, f"{name} has shape {list(np.shape(x))}, expected {list(ids.shape)} as input_ids")
     as_int = lambda x: None if x is None else np.asarray(x).astype(np.int32)  # noqa: E731
-    return ids, as_int(mask), as_int(positions)
+    return ids, as_int(mask), as_int(positions), as_int(types)
 
 
-def _where(mask_BT: jax.Array | None, positions_BT: jax.Array | None) -> dict[str, jax.Array | None]:
+def _where(
+    mask_BT: jax.Array | None, positions_BT: jax.Array | None, types_BT: jax.Array | None
+) -> dict[str, jax.Array | None]:
     """Documents and positions of rows that may be padded on either side."""
     if mask_BT is not None and positions_BT is None:
         positions_BT = jnp.maximum(jnp.cumsum(mask_BT, axis=1) - 1, 0)
-    return {"segments_BT": mask_BT, "positions_BT": positions_BT}
+    return {"segments_BT": mask_BT, "positions_BT": positions_BT, "types_BT": types_BT}

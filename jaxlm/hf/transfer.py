@@ -90,6 +90,9 @@ def _parts(
     return [None], shapes
 
 
+_TIED = r"(^|\.)((lm_head|embed_out|decoder|vocab_projector)\.weight|decoder\.bias)$"
+
+
 def names_in(family: Family, entries: dict[str, Entry], source: Source) -> dict[str, str]:
     """Tensor of the table -> its name in the file, which may lack the prefix of the whole model.
 
@@ -101,7 +104,7 @@ def names_in(family: Family, entries: dict[str, Entry], source: Source) -> dict[
     known = set(names.values())
     ignored = [re.compile(pattern) for pattern in family.ignored]
     # A tied head is the table, whether or not the file holds it once more.
-    spare = {name for name in source.shapes if re.search(r"(^|\.)(lm_head|embed_out)\.weight$", name)}
+    spare = {name for name in source.shapes if re.search(_TIED, name)}
     missing = [name for name in names.values() if name not in source.shapes]
     surplus = [
         name

@@ -37,6 +37,9 @@ class TransformerConfig:
     parallel_norms: bool = False  # the MLP of a parallel block has a norm of its own (GPT-NeoX)
     embed_norm: bool = False  # a norm right after the embeddings (BLOOM, BERT)
     head_bias: bool = False  # a bias on the logits
+    head_transform: bool = False  # a dense layer, the activation and a norm before the logits (BERT)
+    pooler: bool = False  # a dense layer and tanh on the first column, see `pool` (BERT)
+    token_types: int = 0  # embeddings of the kinds of tokens, such as first and second sentence; 0 = none
     tie_embeddings: bool = False  # the head is the embedding table
     scale_embeddings: bool = False  # embeddings times sqrt(D) (Gemma)
     logit_scale: float = 1.0  # logits are multiplied by it
@@ -95,6 +98,7 @@ class TransformerConfig:
             self.parallel_block or not self.parallel_norms,
             "model.parallel_norms=True needs parallel_block=True",
         )
+        check(self.token_types >= 0, f"model.token_types={self.token_types} must not be negative")
         check(self.logit_scale > 0, f"model.logit_scale={self.logit_scale} must be positive")
         heads = self.attention.num_heads
         if not self.attention.head_dim and self.model_dim % heads:

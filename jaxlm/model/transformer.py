@@ -21,11 +21,12 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxlm.errors import UserError, check
 from jaxlm.model import positions as pos
 from jaxlm.model.attention import Attention, Context
+from jaxlm.model.axes import AXES, EXACT, STREAM
 from jaxlm.model.cache import LayerCache, empty
 from jaxlm.model.config import TransformerConfig
 from jaxlm.model.context_parallel import CONTEXTS, check_columns
 from jaxlm.model.context_parallel import zigzag as in_zigzag
-from jaxlm.model.layers import MLP, Norm, dropout, normal_init
+from jaxlm.model.layers import ACTIVATIONS, MLP, Norm, dropout, normal_init
 from jaxlm.model.moe import MoE
 from jaxlm.model.parametrization import attention_config, initial_std, out_scale, rules
 from jaxlm.pipeline import run_layers
@@ -37,58 +38,6 @@ from jaxlm.weights import gather, lay_out, matmul
 
 Params = dict[str, Any]
 Aux = dict[str, Any]
-
-# The last two components of a leaf's name -> the logical axes of its dimensions.
-AXES: dict[str, tuple[str | None, ...]] = {
-    "embed/table": ("vocab", "embed"),
-    "embed/positions": (None, "embed"),
-    "position_bias/table": (None, "heads"),
-    "attention/wq": ("embed", "heads", "head_dim"),
-    "attention/wk": ("embed", "kv_heads", "head_dim"),
-    "attention/wv": ("embed", "kv_heads", "head_dim"),
-    "attention/wo": ("heads", "head_dim", "embed"),
-    "attention/bq": ("heads", "head_dim"),
-    "attention/bk": ("kv_heads", "head_dim"),
-    "attention/bv": ("kv_heads", "head_dim"),
-    "attention/bo": ("norm",),
-    "attention/sinks": ("heads",),
-    "mlp/w_up": ("embed", "mlp"),
-    "mlp/w_gate": ("embed", "mlp"),
-    "mlp/w_down": ("mlp", "embed"),
-    "mlp/b_up": ("mlp",),
-    "mlp/b_gate": ("mlp",),
-    "mlp/b_down": ("norm",),
-    "moe/router_w": ("embed", None),
-    "moe/router_bias": (None,),
-    "moe/w_gate": ("experts", "embed", "expert_mlp"),
-    "moe/w_up": ("experts", "embed", "expert_mlp"),
-    "moe/w_down": ("experts", "expert_mlp", "embed"),
-    "moe/shared_gate": ("embed", None),
-    "moe/shared_w_gate": ("embed", "mlp"),
-    "moe/shared_w_up": ("embed", "mlp"),
-    "moe/shared_w_down": ("mlp", "embed"),
-    "head/w": ("embed", "vocab"),
-    "head/b": ("vocab",),
-}
-for _name in (
-    "attention_norm",
-    "attention_post_norm",
-    "cross_norm",
-    "cross_post_norm",
-    "mlp_norm",
-    "mlp_post_norm",
-    "embed_norm",
-    "final_norm",
-    "q_norm",
-    "k_norm",
-):
-    AXES[f"{_name}/scale"] = AXES[f"{_name}/bias"] = ("norm",)
-for _leaf in ("wq", "wk", "wv", "wo", "bq", "bk", "bv", "bo", "sinks"):
-    AXES[f"cross_attention/{_leaf}"] = AXES[f"attention/{_leaf}"]
-
-
-STREAM = ("batch", "residual", "activation")  # of the residual stream, between blocks
-EXACT = ("moe/router_w",)  # leaves that are used in their own dtype, not in the model's
 
 
 def _norm(cfg: TransformerConfig, name: str | None = None) -> Norm:
@@ -180,7 +129,7 @@ class Block(nn.Module):
         return add("mlp", x_BTD, fed, keys[2]), cache, aux
 
 
-def _blocks(cfg: TransformerConfig) -> list[Block]:
+def blocks_of(cfg: TransformerConfig) -> list[Block]:
     """The blocks of one period."""
     return [Block(cfg, attention, mlp) for attention, mlp in cfg.layer_kinds[: cfg.period]]
 
@@ -205,12 +154,12 @@ def init(cfg: TransformerConfig, key: Array, *, init_scale: Float[Array, ""] | f
     x_BTD = jnp.zeros((1, 1, D), cfg.dtype)
 
     def layer(block: Block, index: Array) -> Params:
-        ctx = _context(cfg, ones_BT - 1, ones_BT, None, None)
+        ctx = make_context(cfg, ones_BT - 1, ones_BT, None, None)
         with use(None):  # the single dummy token is not to be spread over a mesh
             return block.init(jax.random.fold_in(block_key, index), x_BTD, ctx)["params"]
 
     embedding_init = normal_init(initial_std(cfg, "embedding", D))
-    blocks, P = _blocks(cfg), cfg.period
+    blocks, P = blocks_of(cfg), cfg.period
     repeats = cfg.num_layers // P
     params: Params = {
         "embed": {"table": embedding_init(table_key, (V, D), cfg.param_dtype)},
@@ -238,6 +187,16 @@ def init(cfg: TransformerConfig, key: Array, *, init_scale: Float[Array, ""] | f
         params["embed_norm"] = norm["params"]
     if not cfg.tie_embeddings:
         params["head"] = {"w": normal_init(initial_std(cfg, "head", D))(head_key, (D, V), cfg.param_dtype)}
+    matrix = normal_init(initial_std(cfg, "hidden", D))
+    for k, (name, there) in enumerate({"transform": cfg.head_transform, "pooler": cfg.pooler}.items(), 1):
+        if there:
+            w_DD = matrix(jax.random.fold_in(head_key, k), (D, D), cfg.param_dtype)
+            params[name] = {"w": w_DD, "b": jnp.zeros((D,), cfg.param_dtype)}
+    if norm and cfg.head_transform:
+        params["transform_norm"] = norm["params"]
+    if cfg.token_types:
+        types = embedding_init(jax.random.fold_in(position_key, 1), (cfg.token_types, D), cfg.param_dtype)
+        params["embed"]["types"] = types
     if cfg.head_bias:
         params.setdefault("head", {})["b"] = jnp.zeros((V,), cfg.param_dtype)
     if isinstance(init_scale, float) and init_scale == 1.0:
@@ -252,7 +211,7 @@ def abstract_params(cfg: TransformerConfig) -> Params:
     return jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
 
 
-def _context(
+def make_context(
     cfg: TransformerConfig,
     positions_BT: Array,
     segments_BT: Array | None,
@@ -284,9 +243,13 @@ def _context(
 
 
 def embed(
-    cfg: TransformerConfig, params: Params, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"]
+    cfg: TransformerConfig,
+    params: Params,
+    tokens_BT: Int[Array, "B T"],
+    positions_BT: Int[Array, "B T"],
+    types_BT: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T D"]:
-    """Token embeddings, scaled if asked, plus absolute positions if the scheme has them."""
+    """Token embeddings, scaled if asked, plus types and absolute positions if the model has them."""
     x_BTD = gather(params["embed"]["table"], tokens_BT, AXES["embed/table"], dtype=cfg.dtype)
     if cfg.scale_embeddings:
         scale = cfg.model_dim**0.5 * rules(cfg)["embedding"].output
@@ -298,6 +261,9 @@ def embed(
         )
     elif cfg.position.kind == "sinusoidal":
         x_BTD = x_BTD + pos.sinusoidal(positions_BT, cfg.model_dim).astype(cfg.dtype)
+    if cfg.token_types:
+        types_BT = jnp.zeros_like(tokens_BT) if types_BT is None else types_BT
+        x_BTD = x_BTD + gather(params["embed"]["types"], types_BT, AXES["embed/types"], dtype=cfg.dtype)
     if cfg.embed_norm:
         x_BTD = _norm(cfg).apply({"params": params.get("embed_norm", {})}, x_BTD)
     return constrain(x_BTD, *STREAM)
@@ -311,6 +277,7 @@ def apply(
     segments_BT: Int[Array, "B T"] | None = None,
     positions_BT: Int[Array, "B T"] | None = None,
     allowed_BTS: Bool[Array, "B T S"] | None = None,
+    types_BT: Int[Array, "B T"] | None = None,
     cache: Params | None = None,
     key: Array | None = None,
 ) -> tuple[Float[Array, "B T D"], Params | None, Aux]:
@@ -326,6 +293,7 @@ def apply(
         positions_BT: position in the document, from 0; default the column. With segments they must grow along
             a document: a causal query is not compared with later columns then.
         allowed_BTS: a further mask (training and prefill without a cache).
+        types_BT: kind of each token, in [0, cfg.token_types); default 0 (BERT's first and second sentence).
         cache: as made by `init_cache`; the call's keys and values are written at `positions_BT`.
         key: for dropout; None = no dropout.
 
@@ -351,14 +319,14 @@ def apply(
     embed_key, stack_key = (None, None) if key is None else jax.random.split(key)
     rows = {"positions_BT": positions_BT, "segments_BT": segments_BT, "allowed_BTS": allowed_BTS}
     shared = {"position_table": bias_table, "key": stack_key}
-    x_BTD = dropout(embed(cfg, params, tokens_BT, positions_BT), cfg.dropout, embed_key)
+    x_BTD = dropout(embed(cfg, params, tokens_BT, positions_BT, types_BT), cfg.dropout, embed_key)
 
-    blocks, P = _blocks(cfg), cfg.period
+    blocks, P = blocks_of(cfg), cfg.period
     repeats = cfg.num_layers // P
 
     def layer_of(rows: Params, shared: Params, part: Array | None = None):
         """What one layer does with these rows; `part` is their microbatch in a pipeline."""
-        ctx = _context(cfg, **rows, position_table=shared["position_table"])
+        ctx = make_context(cfg, **rows, position_table=shared["position_table"])
         ctx, key = dataclasses.replace(ctx, ordered=ordered and not zigzag, zigzag=zigzag), shared["key"]
         if key is not None and part is not None:
             key = jax.random.fold_in(key, part)
@@ -403,7 +371,7 @@ def apply(
         auxes.append(aux)
         if cache is not None:
             new_cache.setdefault("tail", {})[j] = cache_l
-    x_BTD = _last_norm(cfg, params, x_BTD)
+    x_BTD = last_norm(cfg, params, x_BTD)
     if zigzag:
         x_BTD = in_zigzag(x_BTD, back=True)
     aux = _sum_aux(auxes)
@@ -412,53 +380,7 @@ def apply(
     return x_BTD, new_cache, aux
 
 
-def activations(
-    cfg: TransformerConfig,
-    params: Params,
-    tokens_BT: Int[Array, "B T"],
-    *,
-    segments_BT: Int[Array, "B T"] | None = None,
-    positions_BT: Int[Array, "B T"] | None = None,
-) -> dict[str, Float[Array, "..."]]:
-    """What the layers compute on one document a row, layer by layer: for looking at, not for training.
-
-    Args:
-        cfg, params, tokens_BT, segments_BT, positions_BT: as for `apply`.
-
-    Returns:
-        `embedding` [B, T, D]; `attention`, `mlp` and `residual` [L, B, T, D]: each layer's branches before
-        they are added, and the stream after it; `hidden` [B, T, D], what `apply` returns; `logits` [B, T, V].
-    """
-    B, T = tokens_BT.shape
-    ordered = positions_BT is None
-    if positions_BT is None:
-        positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-    bias_table = params["position_bias"]["table"] if cfg.position.kind == "t5" else None
-    ctx = _context(cfg, positions_BT, segments_BT, None, bias_table)
-    ctx = dataclasses.replace(ctx, ordered=ordered)
-    x_BTD = embed(cfg, params, tokens_BT, positions_BT)
-    seen: dict[str, Any] = {"embedding": x_BTD, "attention": [], "mlp": [], "residual": []}
-    branch = lambda module, _: isinstance(module, Attention | MLP | MoE)  # noqa: E731
-    blocks, P = _blocks(cfg), cfg.period
-    repeats = cfg.num_layers // P
-    for i in range(cfg.num_layers):
-        if i < repeats * P:
-            params_l = jax.tree.map(lambda a, i=i: a[i // P], params["blocks"][str(i % P)])
-        else:
-            params_l = params["tail"][str(i - repeats * P)]
-        (x_BTD, _, _), captured = blocks[i % P].apply(
-            {"params": params_l}, x_BTD, ctx, capture_intermediates=branch, mutable=["intermediates"]
-        )
-        outputs = {name: calls["__call__"][0] for name, calls in captured["intermediates"].items()}
-        mlp = outputs["mlp"] if "mlp" in outputs else outputs["moe"][0]
-        for name, x in (("attention", outputs["attention"][0]), ("mlp", mlp), ("residual", x_BTD)):
-            seen[name].append(x)
-    x_BTD = _last_norm(cfg, params, x_BTD)
-    seen = {name: jnp.stack(x) if isinstance(x, list) else x for name, x in seen.items()}
-    return {**seen, "hidden": x_BTD, "logits": unembed(cfg, params, x_BTD)}
-
-
-def _last_norm(cfg: TransformerConfig, params: Params, x_BTD: Array) -> Array:
+def last_norm(cfg: TransformerConfig, params: Params, x_BTD: Array) -> Array:
     """The norm after the last layer, which a stack whose layers end in one does without."""
     if cfg.norm_position == "post":
         return x_BTD
@@ -473,7 +395,7 @@ def _sum_aux(auxes: list[Aux]) -> Aux:
 
 def head(cfg: TransformerConfig, params: Params) -> Params:
     """The part of the parameters that `unembed` reads, laid out for use."""
-    part = {"head": params["head"]} if "head" in params else {}
+    part = {name: params[name] for name in ("head", "transform", "transform_norm") if name in params}
     if cfg.tie_embeddings:
         part["embed"] = {"table": params["embed"]["table"]}
     return lay_out(part, AXES, cfg.dtype)
@@ -482,9 +404,13 @@ def head(cfg: TransformerConfig, params: Params) -> Params:
 def unembed(
     cfg: TransformerConfig, params: Params, hidden_BTD: Float[Array, "B T D"]
 ) -> Float[Array, "B T V"]:
-    """Logits, in fp32. Reads only `embed/table` or `head/w`, and `head/b`."""
+    """Logits, in fp32. Reads only what `head` gives."""
     dtypes = dict(dtype=cfg.dtype, accum=cfg.accum_dtype, result="float32", out=("batch", "length", "vocab"))
     params = head(cfg, params)
+    if cfg.head_transform:
+        hidden_BTD = _dense(cfg, params["transform"], hidden_BTD)
+        hidden_BTD = ACTIVATIONS[cfg.activation][0](hidden_BTD)
+        hidden_BTD = _norm(cfg).apply({"params": params.get("transform_norm", {})}, hidden_BTD)
     with jax.named_scope("unembed"):
         if cfg.tie_embeddings:
             logits_BTV = matmul("BTD,VD->BTV", hidden_BTD, params["embed"]["table"], **dtypes)
@@ -497,6 +423,17 @@ def unembed(
     if cfg.logit_softcap:
         logits_BTV = cfg.logit_softcap * jnp.tanh(logits_BTV / cfg.logit_softcap)
     return logits_BTV
+
+
+def _dense(cfg: TransformerConfig, params: Params, x_BTD: Array) -> Array:
+    dtypes = dict(dtype=cfg.dtype, accum=cfg.accum_dtype)
+    y_BTD = matmul("BTD,DE->BTE", x_BTD, params["w"], out=("batch", "length", "activation"), **dtypes)
+    return y_BTD + params["b"].astype(cfg.dtype)
+
+
+def pool(cfg: TransformerConfig, params: Params, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B D"]:
+    """tanh(w x + b) of the first column: what BERT says of a whole row."""
+    return jnp.tanh(_dense(cfg, lay_out(params["pooler"], AXES, cfg.dtype), hidden_BTD[:, :1])[:, 0])
 
 
 def init_cache(cfg: TransformerConfig, batch: int, length: int) -> Params:

@@ -24,6 +24,7 @@ import numpy as np
 
 from jaxlm.errors import UserError, check
 from jaxlm.model import transformer
+from jaxlm.model.activations import activations
 from jaxlm.model.config import TransformerConfig
 from jaxlm.model.parametrization import optimizer_options
 from jaxlm.objectives.lm import LossConfig, make_lm_objective
@@ -155,7 +156,7 @@ def markov_batch(vocab_size: int, rows: int, columns: int, seed: int) -> Batch:
 
 
 def _roles(cfg: TransformerConfig, axis: str) -> dict[str, Callable[[dict], np.ndarray]]:
-    """Role -> its part of what `transformer.activations` returns."""
+    """Role -> its part of what `activations` returns."""
     L = cfg.num_layers
     # Models of several depths have only the halves in common.
     marks = {f"stream {k + 1}": k for k in range(L)}
@@ -182,7 +183,7 @@ def _changes(
     model = SimpleNamespace(apply=apply, unembed=partial(transformer.unembed, cfg))
     optimizer = make_optimizer(optim, lambda _: optim.lr, **optimizer_options(cfg, optim))
     step = make_step(make_lm_objective(model, LossConfig(chunk=0)), optimizer, norms=False)
-    measure = jax.jit(partial(transformer.activations, cfg))
+    measure = jax.jit(partial(activations, cfg))
 
     def look(params: Any) -> dict[str, np.ndarray]:
         seen = jax.device_get(measure(params, batch["tokens"]))

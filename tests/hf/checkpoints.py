@@ -165,18 +165,43 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-1": ("openai-gpt", GPT | dict(n_embd=72, n_layer=3, n_head=6, n_positions=64)),
 }
 
+BERT = dict(vocab_size=307, hidden_size=72, num_hidden_layers=3, num_attention_heads=6, intermediate_size=88)
+# case -> (model_type, class, fields of its config)
+ENCODERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "bert": ("bert", "BertForMaskedLM", BERT | dict(max_position_embeddings=64)),
+    "bert-pooler": ("bert", "BertModel", BERT | dict(max_position_embeddings=64)),
+    "roberta": (
+        "roberta",
+        "RobertaForMaskedLM",
+        BERT | dict(max_position_embeddings=66, type_vocab_size=1, pad_token_id=1),
+    ),
+    "xlm-roberta": (
+        "xlm-roberta",
+        "XLMRobertaForMaskedLM",
+        BERT | dict(max_position_embeddings=66, type_vocab_size=1, pad_token_id=1),
+    ),
+    "distilbert": (
+        "distilbert",
+        "DistilBertForMaskedLM",
+        dict(vocab_size=307, dim=72, n_layers=3, n_heads=6, hidden_dim=88, max_position_embeddings=64),
+    ),
+}
+
 
 def make(case: str, folder: Path) -> Any:
     """Write the case's checkpoint into `folder`; returns the model in eval mode."""
     import torch
     import transformers
 
-    model_type, fields = CASES[case]
+    model_type, *top, fields = CASES[case] if case in CASES else ENCODERS[case]
     torch.manual_seed(sum(map(ord, case)))
     config = transformers.AutoConfig.for_model(model_type, **fields)
     # Their eager code adds ALiBi twice where the positions are Falcon's.
     config._attn_implementation = "sdpa" if model_type == "falcon" else "eager"
-    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    if top:
+        model = getattr(transformers, top[0])._from_config(config).float().eval()
+    else:
+        model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim == 1 or "bias" in name:

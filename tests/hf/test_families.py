@@ -20,7 +20,7 @@ from jaxlm.hf.family import read_config, write_config
 from jaxlm.hf.pretrained import save
 
 sys.path.insert(0, str(Path(__file__).parent))
-from checkpoints import CASES, make
+from checkpoints import CASES, ENCODERS, make
 
 LENGTHS, T = (16, 11, 5), 16
 ROOM = {}  # case -> (folder, their model, ours), made once
@@ -154,4 +154,45 @@ def test_both_spellings_of_a_config_are_one(case, made):
 
 
 def test_every_family_has_a_case():
-    assert {model_type for model_type, _ in CASES.values()} == FAMILIES.keys()
+    tested = {model_type for model_type, *_ in (*CASES.values(), *ENCODERS.values())}
+    assert tested == FAMILIES.keys()
+
+
+@pytest.mark.parametrize("case", ENCODERS)
+def test_encoders(case, made, tmp_path):
+    folder, model, ours = made(case)
+    types = np.random.default_rng(1).integers(0, max(ours.cfg.token_types, 1), (3, T))
+    some, worst = rows(), {}
+    for left in (True, False):
+        ids, mask = padded(some, left)
+        states = ours.hidden_states(ids, mask, token_type_ids=types)
+        logits = ours.logits(ids, mask, token_type_ids=types) if ours.cfg.head_transform else None
+        for i, row in enumerate(some):
+            kinds = torch.tensor(types[i][mask[i] == 1])[None]
+            given = {"token_type_ids": kinds} if ours.cfg.token_types else {}
+            with torch.no_grad():
+                out = model(torch.tensor(row)[None], output_hidden_states=True, **given)
+            pairs = {f"hidden {k}": (states[k], h) for k, h in enumerate(out.hidden_states)}
+            assert len(pairs) == len(states)
+            if logits is not None:
+                pairs["logits"] = (logits, out.logits)
+            for name, (mine, theirs) in pairs.items():
+                error = close(mine[i][mask[i] == 1], theirs[0].numpy())
+                worst[name] = max(worst.get(name, 0), error)
+            if ours.cfg.pooler and not left:
+                pooled = ours.pooled(ids, mask, types)[i]
+                worst["pooled"] = max(worst.get("pooled", 0), close(pooled, out.pooler_output[0].numpy()))
+    print(case, {name: round(float(x), 3) for name, x in worst.items()})
+    assert all(x < 1 for x in worst.values()), worst
+    save(ours, tmp_path / "kept")
+    before, after = (safe_open(p / "model.safetensors", "np") for p in (folder, tmp_path / "kept"))
+    assert sorted(before.keys()) == sorted(after.keys())
+    for name in before.keys():  # noqa: SIM118
+        np.testing.assert_array_equal(before.get_tensor(name), after.get_tensor(name))
+    fresh = write_config(ours.family, ours.cfg, {})
+    assert read_config(ours.family, fresh) == read_config(ours.family, ours.config)
+    (tmp_path / "kept" / "config.json").write_text(json.dumps(fresh))
+    again = type(model).from_pretrained(tmp_path / "kept", attn_implementation="eager").eval()
+    with torch.no_grad():
+        ids = torch.tensor(some[0])[None]
+        np.testing.assert_array_equal(again(ids)[0].numpy(), model(ids)[0].numpy())

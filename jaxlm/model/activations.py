@@ -1,0 +1,61 @@
+"""What every layer computes on a batch: for looking at a model, not for training it."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxlm.model.attention import Attention
+from jaxlm.model.config import TransformerConfig
+from jaxlm.model.layers import MLP
+from jaxlm.model.moe import MoE
+from jaxlm.model.transformer import Params, blocks_of, embed, last_norm, make_context, unembed
+
+
+def activations(
+    cfg: TransformerConfig,
+    params: Params,
+    tokens_BT: Int[Array, "B T"],
+    *,
+    segments_BT: Int[Array, "B T"] | None = None,
+    positions_BT: Int[Array, "B T"] | None = None,
+    types_BT: Int[Array, "B T"] | None = None,
+) -> dict[str, Float[Array, "..."]]:
+    """What the layers compute on one document a row, layer by layer: for looking at, not for training.
+
+    Args:
+        cfg, params, tokens_BT, segments_BT, positions_BT, types_BT: as for `apply`.
+
+    Returns:
+        `embedding` [B, T, D]; `attention`, `mlp` and `residual` [L, B, T, D]: each layer's branches before
+        they are added, and the stream after it; `hidden` [B, T, D], what `apply` returns; `logits` [B, T, V].
+    """
+    B, T = tokens_BT.shape
+    ordered = positions_BT is None
+    if positions_BT is None:
+        positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    bias_table = params["position_bias"]["table"] if cfg.position.kind == "t5" else None
+    ctx = make_context(cfg, positions_BT, segments_BT, None, bias_table)
+    ctx = dataclasses.replace(ctx, ordered=ordered)
+    x_BTD = embed(cfg, params, tokens_BT, positions_BT, types_BT)
+    seen: dict[str, Any] = {"embedding": x_BTD, "attention": [], "mlp": [], "residual": []}
+    branch = lambda module, _: isinstance(module, Attention | MLP | MoE)  # noqa: E731
+    blocks, P = blocks_of(cfg), cfg.period
+    repeats = cfg.num_layers // P
+    for i in range(cfg.num_layers):
+        if i < repeats * P:
+            params_l = jax.tree.map(lambda a, i=i: a[i // P], params["blocks"][str(i % P)])
+        else:
+            params_l = params["tail"][str(i - repeats * P)]
+        (x_BTD, _, _), captured = blocks[i % P].apply(
+            {"params": params_l}, x_BTD, ctx, capture_intermediates=branch, mutable=["intermediates"]
+        )
+        outputs = {name: calls["__call__"][0] for name, calls in captured["intermediates"].items()}
+        mlp = outputs["mlp"] if "mlp" in outputs else outputs["moe"][0]
+        for name, x in (("attention", outputs["attention"][0]), ("mlp", mlp), ("residual", x_BTD)):
+            seen[name].append(x)
+    x_BTD = last_norm(cfg, params, x_BTD)
+    seen = {name: jnp.stack(x) if isinstance(x, list) else x for name, x in seen.items()}
+    return {**seen, "hidden": x_BTD, "logits": unembed(cfg, params, x_BTD)}
