@@ -1,11 +1,13 @@
 """All families by the model_type of their config.json."""
 
 from jaxlm.errors import UserError, nearest
-from jaxlm.hf import bert_like, gpt_like, llama_like
+from jaxlm.hf import bert_like, gpt_like, gpt_variants, llama_like, llama_variants
 from jaxlm.hf.family import Family, HFConfig
 
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (*llama_like.FAMILIES, *gpt_like.FAMILIES, *bert_like.FAMILIES)
+    family.model_type: family
+    for room in (llama_like, llama_variants, gpt_like, gpt_variants, bert_like)
+    for family in room.FAMILIES
 }
 
 

@@ -1,5 +1,6 @@
 """Fields that many families share: rotary scalings in both spellings, layer types, activations."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -93,19 +94,11 @@ def rope(hf: HFConfig, *, layers: str = "full_attention", fraction: str = "parti
             fields[ours] = value if isinstance(value, bool) else int(value) if whole else float(value)
     if kind in ("yarn", "dynamic") and not fields.get("original_length"):
         fields["original_length"] = int(hf["max_position_embeddings"])
-    if kind == "yarn" and scaling.get("mscale") is not None and scaling.get("attention_factor") is None:
-        fields["attention_factor"] = _mscale(fields["factor"], scaling)
+    weights = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    if kind == "yarn" and all(weights) and scaling.get("attention_factor") is None:
+        over, under = (0.1 * w * math.log(fields["factor"]) + 1.0 for w in weights)
+        fields["attention_factor"] = over / under
     return {f"position.{name}": value for name, value in fields.items()}
-
-
-def _mscale(factor: float, scaling: Mapping[str, Any]) -> float:
-    """DeepSeek's form of YaRN's factor: a ratio of two of its formulas."""
-    import math
-
-    def part(weight: float) -> float:
-        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-    return part(scaling["mscale"]) / part(scaling.get("mscale_all_dim") or 0.0)
 
 
 def rope_keys(cfg: TransformerConfig, *, fraction: str = "partial_rotary_factor") -> dict[str, Any]:

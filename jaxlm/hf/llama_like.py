@@ -5,7 +5,6 @@ from typing import Any
 from jaxlm.hf.family import Family, Fields, HFConfig, shortest
 from jaxlm.hf.fields import (
     GATED,
-    PLAIN,
     activation,
     activation_name,
     layer_names,
@@ -14,7 +13,7 @@ from jaxlm.hf.fields import (
     rope,
     rope_keys,
 )
-from jaxlm.hf.packing import Packing, head_rows, linear, same
+from jaxlm.hf.packing import Packing, linear, same
 from jaxlm.model.config import TransformerConfig
 
 KEYS = {
@@ -36,7 +35,7 @@ DEFAULTS = {
     "attention_bias": False,
     "mlp_bias": False,
 }
-_LAYER = "model.layers.{i}."
+LAYER = "model.layers.{i}."
 OUTSIDE = {
     "model.embed_tokens.weight": same("embed/table"),
     "model.norm.weight": same("final_norm/scale"),
@@ -45,21 +44,21 @@ OUTSIDE = {
     "lm_head.bias": same("head/b"),
 }
 ATTENTION = {
-    **{f"{_LAYER}self_attn.{x}_proj.weight": linear(f"attention/w{x}") for x in "qkv"},
-    **{f"{_LAYER}self_attn.{x}_proj.bias": same(f"attention/b{x}") for x in "qkv"},
-    f"{_LAYER}self_attn.o_proj.weight": linear("attention/wo", inputs=2),
-    f"{_LAYER}self_attn.o_proj.bias": same("attention/bo"),
+    **{f"{LAYER}self_attn.{x}_proj.weight": linear(f"attention/w{x}") for x in "qkv"},
+    **{f"{LAYER}self_attn.{x}_proj.bias": same(f"attention/b{x}") for x in "qkv"},
+    f"{LAYER}self_attn.o_proj.weight": linear("attention/wo", inputs=2),
+    f"{LAYER}self_attn.o_proj.bias": same("attention/bo"),
 }
-QK_NORM = {f"{_LAYER}self_attn.{x}_norm.weight": same(f"{x}_norm/scale") for x in "qk"}
+QK_NORM = {f"{LAYER}self_attn.{x}_norm.weight": same(f"{x}_norm/scale") for x in "qk"}
 NORMS = {
-    f"{_LAYER}input_layernorm.weight": same("attention_norm/scale"),
-    f"{_LAYER}input_layernorm.bias": same("attention_norm/bias"),
-    f"{_LAYER}post_attention_layernorm.weight": same("mlp_norm/scale"),
-    f"{_LAYER}post_attention_layernorm.bias": same("mlp_norm/bias"),
+    f"{LAYER}input_layernorm.weight": same("attention_norm/scale"),
+    f"{LAYER}input_layernorm.bias": same("attention_norm/bias"),
+    f"{LAYER}post_attention_layernorm.weight": same("mlp_norm/scale"),
+    f"{LAYER}post_attention_layernorm.bias": same("mlp_norm/bias"),
 }
 MLP = {
-    **{f"{_LAYER}mlp.{x}_proj.weight": linear(f"mlp/w_{x}") for x in ("gate", "up", "down")},
-    **{f"{_LAYER}mlp.{x}_proj.bias": same(f"mlp/b_{x}") for x in ("gate", "up", "down")},
+    **{f"{LAYER}mlp.{x}_proj.weight": linear(f"mlp/w_{x}") for x in ("gate", "up", "down")},
+    **{f"{LAYER}mlp.{x}_proj.bias": same(f"mlp/b_{x}") for x in ("gate", "up", "down")},
 }
 TENSORS = {**OUTSIDE, **ATTENTION, **NORMS, **MLP}
 IGNORED = (r"rotary_emb\.inv_freq$",)
@@ -69,12 +68,12 @@ def moe(block: str, gate: str, up: str, down: str) -> dict[str, Packing]:
     """Router and experts under the name of their block."""
     experts = {"w_gate": gate, "w_up": up, "w_down": down}
     return {
-        f"{_LAYER}{block}.gate.weight": linear("moe/router_w"),
-        **{f"{_LAYER}{block}.experts.{{e}}.{x}.weight": linear(f"moe/{w}") for w, x in experts.items()},
+        f"{LAYER}{block}.gate.weight": linear("moe/router_w"),
+        **{f"{LAYER}{block}.experts.{{e}}.{x}.weight": linear(f"moe/{w}") for w, x in experts.items()},
     }
 
 
-_MOE = moe("mlp", "gate_proj", "up_proj", "down_proj")
+EXPERTS = moe("mlp", "gate_proj", "up_proj", "down_proj")
 
 
 def family(model_type: str, architecture: str, read: Any, write: Any, **rest: Any) -> Family:
@@ -99,12 +98,12 @@ def base_keys(cfg: TransformerConfig, *, act: str = "hidden_act") -> dict[str, A
 # ------------------------------------------------------------------------------------------------ biases
 
 
-def _llama(hf: HFConfig) -> Fields:
+def llama(hf: HFConfig) -> Fields:
     bias = {"attention.qkv_bias": hf["attention_bias"], "attention.out_bias": hf["attention_bias"]}
     return {**base(hf), **bias, "mlp_bias": hf["mlp_bias"]}
 
 
-def _llama_keys(cfg: TransformerConfig) -> dict[str, Any]:
+def llama_keys(cfg: TransformerConfig) -> dict[str, Any]:
     return {**base_keys(cfg), "attention_bias": cfg.attention.qkv_bias, "mlp_bias": cfg.mlp_bias}
 
 
@@ -156,7 +155,7 @@ def _experts(hf: HFConfig) -> Fields:
     }
 
 
-def _experts_keys(cfg: TransformerConfig) -> dict[str, Any]:
+def experts_keys(cfg: TransformerConfig) -> dict[str, Any]:
     return {
         "num_experts": cfg.moe.num_experts,
         "num_experts_per_tok": cfg.moe.top_k,
@@ -184,23 +183,23 @@ def _qwen2_moe(hf: HFConfig) -> Fields:
         "moe.shared_dim": hf["shared_expert_intermediate_size"],
         "moe.shared_gate": True,
     }
-    return _qwen(hf, **_experts(hf), **_sparse_layers(hf), **shared, **_qkv_bias(hf.get("qkv_bias", True)))
+    return _qwen(hf, **_experts(hf), **_sparse_layers(hf), **shared, **qkv_bias(hf.get("qkv_bias", True)))
 
 
 def _qwen2_moe_keys(cfg: TransformerConfig) -> dict[str, Any]:
     shared = {"shared_expert_intermediate_size": cfg.moe.shared_dim, "qkv_bias": cfg.attention.qkv_bias}
-    return {**_qwen_keys(cfg), **_experts_keys(cfg), **_sparse_keys(cfg), **shared}
+    return {**_qwen_keys(cfg), **experts_keys(cfg), **_sparse_keys(cfg), **shared}
 
 
-def _qkv_bias(on: bool) -> Fields:
+def qkv_bias(on: bool) -> Fields:
     return {"attention.qkv_bias": on}
 
 
-def _both_biases(hf: HFConfig) -> Fields:
+def both_biases(hf: HFConfig) -> Fields:
     return {"attention.qkv_bias": hf["attention_bias"], "attention.out_bias": hf["attention_bias"]}
 
 
-def _both_biases_keys(cfg: TransformerConfig) -> dict[str, Any]:
+def both_biases_keys(cfg: TransformerConfig) -> dict[str, Any]:
     return {"attention_bias": cfg.attention.qkv_bias}
 
 
@@ -219,7 +218,7 @@ def _mixtral_keys(cfg: TransformerConfig) -> dict[str, Any]:
 
 def _gemma(hf: HFConfig, act: str = "hidden_act") -> Fields:
     refuse(hf, use_bidirectional_attention=None if hf.get("use_bidirectional_attention") is None else False)
-    return {**base(hf, act=act), **_both_biases(hf), "norm_offset": True, "scale_embeddings": True}
+    return {**base(hf, act=act), **both_biases(hf), "norm_offset": True, "scale_embeddings": True}
 
 
 def _gemma_1(hf: HFConfig) -> Fields:
@@ -246,7 +245,7 @@ def _gemma_2_keys(cfg: TransformerConfig) -> dict[str, Any]:
     scalar = round((cfg.attention.scale or cfg.head_dim**-0.5) ** -2, 6)
     return {
         **base_keys(cfg, act="hidden_activation"),
-        **_both_biases_keys(cfg),
+        **both_biases_keys(cfg),
         "layer_types": layer_names(cfg),
         "sliding_window": cfg.attention.window or None,
         "query_pre_attn_scalar": int(scalar) if scalar.is_integer() else scalar,
@@ -267,130 +266,17 @@ def _gemma_3_keys(cfg: TransformerConfig) -> dict[str, Any]:
 
 
 _SANDWICH = {
-    f"{_LAYER}input_layernorm.weight": same("attention_norm/scale"),
-    f"{_LAYER}post_attention_layernorm.weight": same("attention_post_norm/scale"),
-    f"{_LAYER}pre_feedforward_layernorm.weight": same("mlp_norm/scale"),
-    f"{_LAYER}post_feedforward_layernorm.weight": same("mlp_post_norm/scale"),
+    f"{LAYER}input_layernorm.weight": same("attention_norm/scale"),
+    f"{LAYER}post_attention_layernorm.weight": same("attention_post_norm/scale"),
+    f"{LAYER}pre_feedforward_layernorm.weight": same("mlp_norm/scale"),
+    f"{LAYER}post_feedforward_layernorm.weight": same("mlp_post_norm/scale"),
 }
 _GEMMA = {**DEFAULTS, "tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh", "head_dim": 256}
-
-# ------------------------------------------------------------------------------------------------- OLMo
-
-
-def _clip(hf: HFConfig) -> Fields:
-    return {"attention.clip_qkv": float(hf.get("clip_qkv") or 0.0)}
-
-
-def _olmo_keys(cfg: TransformerConfig) -> dict[str, Any]:
-    return {**base_keys(cfg), **_both_biases_keys(cfg), "clip_qkv": cfg.attention.clip_qkv or None}
-
-
-def _olmo(hf: HFConfig) -> Fields:
-    return {
-        **base(hf),
-        **_both_biases(hf),
-        **_clip(hf),
-        "norm": "layernorm_plain",
-        "norm_eps": 1e-5,
-    }
-
-
-_NORM_ALL = {"attention.qk_norm": True, "attention.qk_norm_over": "all"}
-
-
-def _olmo_2(hf: HFConfig) -> Fields:
-    return {**base(hf), **_both_biases(hf), **_NORM_ALL, "norm_position": "branch"}
-
-
-def _olmoe(hf: HFConfig) -> Fields:
-    experts = {
-        "moe.num_experts": hf.get("num_experts", hf.get("num_local_experts")),
-        "moe.top_k": hf["num_experts_per_tok"],
-        "moe.normalize": hf["norm_topk_prob"],
-    }
-    return {
-        **base(hf),
-        **_both_biases(hf),
-        **_clip(hf),
-        **_NORM_ALL,
-        **experts,
-        "mlp_pattern": ("moe",),
-    }
-
-
-def _olmoe_keys(cfg: TransformerConfig) -> dict[str, Any]:
-    experts = _experts_keys(cfg)
-    return {**_olmo_keys(cfg), **{k: x for k, x in experts.items() if k != "moe_intermediate_size"}}
-
-
-# ------------------------------------------------------------------------------ SmolLM3, StableLM, Cohere
-
-
-def _smollm3(hf: HFConfig) -> Fields:
-    refuse(hf, use_sliding_window=False)
-    step, layers = hf.get("no_rope_layer_interval") or 4, hf["num_hidden_layers"]
-    rotates = hf.get("no_rope_layers") or [int((i + 1) % step != 0) for i in range(layers)]
-    pattern = shortest(["global" if r else "nope" for r in rotates[:layers]])
-    return {**_llama(hf), "attention.pattern": pattern}
-
-
-def _smollm3_keys(cfg: TransformerConfig) -> dict[str, Any]:
-    return {**_llama_keys(cfg), "no_rope_layers": [int(kind != "nope") for kind, _ in cfg.layer_kinds]}
-
-
-def _stablelm(hf: HFConfig) -> Fields:
-    over = {"attention.qk_norm_kind": "layernorm_scale", "attention.qk_norm_over": "heads"}
-    return {
-        **base(hf),
-        **_qkv_bias(hf["use_qkv_bias"]),
-        "norm": "layernorm",
-        "parallel_block": hf["use_parallel_residual"],
-        **({"attention.qk_norm": True, **over} if hf["qk_layernorm"] else {}),
-    }
-
-
-def _stablelm_keys(cfg: TransformerConfig) -> dict[str, Any]:
-    return {
-        **base_keys(cfg),
-        "partial_rotary_factor": cfg.position.fraction,
-        "use_qkv_bias": cfg.attention.qkv_bias,
-        "use_parallel_residual": cfg.parallel_block,
-        "qk_layernorm": cfg.attention.qk_norm,
-    }
-
-
-def _cohere(hf: HFConfig) -> Fields:
-    over = {"attention.qk_norm_kind": "layernorm_scale", "attention.qk_norm_over": "heads"}
-    return {
-        **base(hf),
-        **_both_biases(hf),
-        "norm": "layernorm_scale",
-        "parallel_block": True,
-        "position.interleaved": True,
-        **({"attention.qk_norm": True, **over} if hf["use_qk_norm"] else {}),
-    }
-
-
-def _cohere_keys(cfg: TransformerConfig) -> dict[str, Any]:
-    return {**base_keys(cfg), **_both_biases_keys(cfg), "use_qk_norm": cfg.attention.qk_norm}
-
-
-def _phi(hf: HFConfig) -> Fields:
-    refuse(hf, qk_layernorm=False)
-    return {
-        **rope(hf),
-        **activation(hf, "hidden_act", PLAIN),
-        **{"attention.qkv_bias": True, "attention.out_bias": True, "mlp_bias": True},
-        **{"norm": "layernorm", "parallel_block": True, "head_bias": True},
-    }
-
-
-_LAYERNORM_KEYS = {("layer_norm_eps" if key == "rms_norm_eps" else key): ours for key, ours in KEYS.items()}
 
 # --------------------------------------------------------------------------------------------- the table
 
 FAMILIES = (
-    family("llama", "LlamaForCausalLM", _llama, _llama_keys),
+    family("llama", "LlamaForCausalLM", llama, llama_keys),
     family(
         "mistral",
         "MistralForCausalLM",
@@ -406,12 +292,12 @@ FAMILIES = (
         defaults={**DEFAULTS, "default_theta": 1e6, "rms_norm_eps": 1e-5},
         tensors={**OUTSIDE, **ATTENTION, **NORMS, **moe("block_sparse_moe", "w1", "w3", "w2")},
     ),
-    family("qwen2", "Qwen2ForCausalLM", lambda hf: _qwen(hf, **_qkv_bias(True)), _qwen_keys),
+    family("qwen2", "Qwen2ForCausalLM", lambda hf: _qwen(hf, **qkv_bias(True)), _qwen_keys),
     family(
         "qwen3",
         "Qwen3ForCausalLM",
-        lambda hf: _qwen(hf, **_both_biases(hf), **{"attention.qk_norm": True}),
-        lambda cfg: {**_qwen_keys(cfg), **_both_biases_keys(cfg)},
+        lambda hf: _qwen(hf, **both_biases(hf), **{"attention.qk_norm": True}),
+        lambda cfg: {**_qwen_keys(cfg), **both_biases_keys(cfg)},
         tensors={**TENSORS, **QK_NORM},
         defaults={**DEFAULTS, "head_dim": 128},
     ),
@@ -423,28 +309,28 @@ FAMILIES = (
         defaults={**DEFAULTS, "norm_topk_prob": False},
         tensors={
             **TENSORS,
-            **_MOE,
+            **EXPERTS,
             **{
-                f"{_LAYER}mlp.shared_expert.{x}_proj.weight": linear(f"moe/shared_w_{x}")
+                f"{LAYER}mlp.shared_expert.{x}_proj.weight": linear(f"moe/shared_w_{x}")
                 for x in ("gate", "up", "down")
             },
-            f"{_LAYER}mlp.shared_expert_gate.weight": linear("moe/shared_gate"),
+            f"{LAYER}mlp.shared_expert_gate.weight": linear("moe/shared_gate"),
         },
     ),
     family(
         "qwen3_moe",
         "Qwen3MoeForCausalLM",
         lambda hf: _qwen(
-            hf, **_experts(hf), **_sparse_layers(hf), **_both_biases(hf), **{"attention.qk_norm": True}
+            hf, **_experts(hf), **_sparse_layers(hf), **both_biases(hf), **{"attention.qk_norm": True}
         ),
         lambda cfg: {
             **_qwen_keys(cfg),
-            **_experts_keys(cfg),
+            **experts_keys(cfg),
             **_sparse_keys(cfg),
-            **_both_biases_keys(cfg),
+            **both_biases_keys(cfg),
         },
         defaults={**DEFAULTS, "norm_topk_prob": False, "head_dim": 128},
-        tensors={**TENSORS, **QK_NORM, **_MOE},
+        tensors={**TENSORS, **QK_NORM, **EXPERTS},
     ),
     family(
         "gemma",
@@ -452,7 +338,7 @@ FAMILIES = (
         _gemma_1,
         lambda cfg: {
             **base_keys(cfg),
-            **_both_biases_keys(cfg),
+            **both_biases_keys(cfg),
             "hidden_activation": activation_name(cfg, GATED),
         },
         defaults=_GEMMA | {"hidden_activation": None},
@@ -478,106 +364,5 @@ FAMILIES = (
         _gemma_3_keys,
         defaults=_GEMMA | dict(query_pre_attn_scalar=256, sliding_window=4096, default_theta=1e6),
         tensors={**TENSORS, **_SANDWICH, **QK_NORM},
-    ),
-    family(
-        "olmo",
-        "OlmoForCausalLM",
-        _olmo,
-        _olmo_keys,
-        keys={key: ours for key, ours in KEYS.items() if key != "rms_norm_eps"},
-    ),
-    family(
-        "olmo2",
-        "Olmo2ForCausalLM",
-        _olmo_2,
-        lambda cfg: {**base_keys(cfg), **_both_biases_keys(cfg)},
-        defaults={**DEFAULTS, "rms_norm_eps": 1e-5},
-        tensors={
-            **OUTSIDE,
-            **ATTENTION,
-            **MLP,
-            **QK_NORM,
-            f"{_LAYER}post_attention_layernorm.weight": same("attention_post_norm/scale"),
-            f"{_LAYER}post_feedforward_layernorm.weight": same("mlp_post_norm/scale"),
-        },
-    ),
-    family(
-        "olmoe",
-        "OlmoeForCausalLM",
-        _olmoe,
-        _olmoe_keys,
-        defaults={**DEFAULTS, "rms_norm_eps": 1e-5, "norm_topk_prob": False},
-        tensors={**TENSORS, **QK_NORM, **_MOE},
-    ),
-    family(
-        "smollm3",
-        "SmolLM3ForCausalLM",
-        _smollm3,
-        _smollm3_keys,
-        defaults={**DEFAULTS, "default_theta": 2e6, "tie_word_embeddings": True},
-    ),
-    family(
-        "stablelm",
-        "StableLmForCausalLM",
-        _stablelm,
-        _stablelm_keys,
-        keys=_LAYERNORM_KEYS,
-        defaults={
-            **DEFAULTS,
-            "layer_norm_eps": 1e-5,
-            "partial_rotary_factor": 0.25,
-            "use_qkv_bias": False,
-            "use_parallel_residual": False,
-            "qk_layernorm": False,
-        },
-        tensors={
-            **TENSORS,
-            **{f"{_LAYER}self_attn.{x}_layernorm.norms.{{h}}.weight": same(f"{x}_norm/scale") for x in "qk"},
-        },
-    ),
-    family(
-        "cohere",
-        "CohereForCausalLM",
-        _cohere,
-        _cohere_keys,
-        keys={**_LAYERNORM_KEYS, "logit_scale": "logit_scale"},
-        defaults={
-            **DEFAULTS,
-            "layer_norm_eps": 1e-5,
-            "default_theta": 500000.0,
-            "use_qk_norm": False,
-            "tie_word_embeddings": True,
-            "logit_scale": 0.0625,
-        },
-        tensors={
-            **TENSORS,
-            **{f"{_LAYER}self_attn.{x}_norm.weight": head_rows(f"{x}_norm/scale") for x in "qk"},
-        },
-    ),
-    family(
-        "phi",
-        "PhiForCausalLM",
-        _phi,
-        lambda cfg: {**rope_keys(cfg), "hidden_act": activation_name(cfg, PLAIN)},
-        keys=_LAYERNORM_KEYS,
-        defaults={
-            **DEFAULTS,
-            "layer_norm_eps": 1e-5,
-            "partial_rotary_factor": 0.5,
-            "hidden_act": "gelu_new",
-        },
-        tensors={
-            **{name: packing for name, packing in OUTSIDE.items() if "norm" not in name},
-            **{name: packing for name, packing in ATTENTION.items() if "o_proj" not in name},
-            **NORMS,
-            "model.final_layernorm.weight": same("final_norm/scale"),
-            "model.final_layernorm.bias": same("final_norm/bias"),
-            f"{_LAYER}self_attn.dense.weight": linear("attention/wo", inputs=2),
-            f"{_LAYER}self_attn.dense.bias": same("attention/bo"),
-            f"{_LAYER}mlp.fc1.weight": linear("mlp/w_up"),
-            f"{_LAYER}mlp.fc1.bias": same("mlp/b_up"),
-            f"{_LAYER}mlp.fc2.weight": linear("mlp/w_down"),
-            f"{_LAYER}mlp.fc2.bias": same("mlp/b_down"),
-        },
     ),
 )

