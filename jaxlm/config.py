@@ -104,6 +104,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check(0 <= self.seed < 2**32, f"seed={self.seed} must be in [0, 2**32)")
+        check(
+            self.model.quant == "none" or self.mesh.reduce_dtype == "float32",
+            f"mesh.reduce_dtype={self.mesh.reduce_dtype!r} with model.quant={self.model.quant!r}: 8-bit "
+            "products sum their gradients in float32",
+        )
 
 
 # How a run is executed, watched and kept, not what it computes: two configs that differ only here are one
@@ -309,7 +314,11 @@ def identity(config: Any) -> dict[str, Any]:
             for key, name in names.items()
         }
 
-    return keep(to_dict(config) if dataclasses.is_dataclass(config) else config, "")
+    tree = to_dict(config) if dataclasses.is_dataclass(config) else config
+    # Of a mesh, what rounds the sums is the run's own.
+    reduce_dtype = tree.get("mesh", {}).get("reduce_dtype", "float32")
+    kept = {} if reduce_dtype == "float32" else {"mesh": {"reduce_dtype": reduce_dtype}}
+    return keep(tree, "") | kept
 
 
 def config_hash(config: Any) -> str:

@@ -253,3 +253,12 @@ def test_a_directory_without_a_run_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
         load_config(tmp_path / "config.json")
+
+
+def test_the_dtype_of_sums_over_devices_is_the_runs_own():
+    plain, rounded = build({}), build({"mesh": {"reduce_dtype": "bfloat16"}})
+    assert config_hash(plain) != config_hash(rounded)
+    assert identity(rounded)["mesh"] == {"reduce_dtype": "bfloat16"}
+    assert "mesh" not in identity(build({"mesh": {"data": 2}}))
+    with pytest.raises(UserError, match=r"reduce_dtype='bfloat16' with model\.quant='int8'"):
+        build({"mesh": {"reduce_dtype": "bfloat16"}, "model": {"quant": "int8"}})
