@@ -124,14 +124,14 @@ def test_dropout_is_drawn_for_every_microbatch_and_layer():
     whole = jax.random.split(key)[0]
     kept = jax.random.bernoulli(whole, 0.5, (B, T, D))
     embedded = jnp.where(kept, 2 * tf.embed(cfg, params, tokens, positions), 0)
-    blocks = tf._blocks(cfg)
+    blocks = tf.blocks_of(cfg)
     for rows, part_key in masks.values():
-        x, ctx = embedded[rows], tf._context(cfg, positions[rows], segments[rows], None, None)
+        x, ctx = embedded[rows], tf.make_context(cfg, positions[rows], segments[rows], None, None)
         for i in range(cfg.num_layers):
             layer = jax.tree.map(lambda a, i=i: a[i], params["blocks"]["0"])
             layer_key = jax.random.fold_in(part_key, i)
             x = blocks[0].apply({"params": layer}, x, ctx, None, layer_key)[0]
-        x = tf.Norm(cfg.norm, cfg.norm_eps).apply({"params": params["final_norm"]}, x)
+        x = tf.last_norm(cfg, params, x)
         real = np.asarray(segments[rows]) != 0
         np.testing.assert_allclose(got[rows][real], np.asarray(x)[real], rtol=2e-5, atol=2e-5)
 

@@ -30,11 +30,21 @@ from jaxlm.tree import named_leaves, nbytes
 
 # What a leaf does with a token, by the last component of its name: a product (2 FLOPs per weight) or not.
 PRODUCTS = ("wq", "wk", "wv", "wo", "w_up", "w_gate", "w_down", "router_w")
-PRODUCTS += ("shared_w_up", "shared_w_gate", "shared_w_down", "w")
-LOOKUPS = ("table", "positions")
-VECTORS = ("scale", "bias", "sinks", "router_bias", "bq", "bk", "bv", "bo", "b_up", "b_down")
+PRODUCTS += ("shared_gate", "shared_w_up", "shared_w_gate", "shared_w_down", "w")
+LOOKUPS = ("table", "positions", "types")
+VECTORS = ("scale", "bias", "sinks", "router_bias", "bq", "bk", "bv", "bo", "b_up", "b_gate", "b_down", "b")
 EXPERTS = ("moe/w_up", "moe/w_gate", "moe/w_down")  # leaves with a leading expert dimension
-ROOMS = ("embed", "attention", "cross_attention", "mlp", "moe", "position_bias", "head")  # and norms
+ROOMS = (
+    "embed",
+    "attention",
+    "cross_attention",
+    "mlp",
+    "moe",
+    "position_bias",
+    "transform",
+    "pooler",
+    "head",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +91,7 @@ def weights(cfg: TransformerConfig) -> Weights:
             head += size
         elif "/".join(parts[-2:]) in EXPERTS:
             experts += size
-        elif parts[-1] in PRODUCTS:
+        elif parts[-1] in PRODUCTS and room != "pooler":  # which one token of a row passes through
             products += size
     total = sum(rooms.values())
     chosen = experts // cfg.moe.num_experts * cfg.moe.top_k if experts else 0

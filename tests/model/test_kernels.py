@@ -200,7 +200,7 @@ def test_minimal_remat_keeps_what_cudnn_needs(remat, forward_runs, monkeypatch):
         return jax.nn.dot_product_attention(q, x, x, is_causal=True, implementation="cudnn")
 
     loss = lambda q: rematerialised(block, remat, scan=True)(x, q).astype(jnp.float32).sum()  # noqa: E731
-    jaxpr = jax.make_jaxpr(jax.grad(loss))(x).jaxpr
+    jaxpr = jax.make_jaxpr(jax.value_and_grad(loss))(x).jaxpr
     needed, _ = pe.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     assert str(needed).count("dot_product_attention_fwd_wrapper[") == forward_runs
     assert str(needed).count("dot_product_attention_bwd_wrapper[") == 1

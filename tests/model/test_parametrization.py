@@ -12,6 +12,7 @@ import pytest
 
 from jaxlm.errors import UserError
 from jaxlm.model import transformer as tf
+from jaxlm.model.activations import activations
 from jaxlm.model.attention import AttentionConfig
 from jaxlm.model.moe import MoEConfig
 from jaxlm.model.parametrization import LEAVES, attention_config, optimizer_options, rules
@@ -307,7 +308,7 @@ def test_refusals():
 def test_activations_are_those_of_the_model(cfg, params_of):
     cfg = wider(cfg, 2, "completep", base_depth=1)
     params = params_of(cfg)
-    seen = jax.device_get(jax.jit(partial(tf.activations, cfg))(params, TOKENS))
+    seen = jax.device_get(jax.jit(partial(activations, cfg))(params, TOKENS))
     np.testing.assert_allclose(seen["logits"], logits_of(cfg, params), rtol=1e-4, atol=1e-5)
     stream = np.stack([seen["embedding"], *seen["residual"]])
     branches = (seen["attention"] + seen["mlp"]) / cfg.num_layers

@@ -312,7 +312,7 @@ def test_a_block_attends_to_a_memory():
     )
     positions = jnp.broadcast_to(jnp.arange(5), (2, 5))
     ctx = dataclasses.replace(
-        tf._context(SMALL, positions, None, None, None),
+        tf.make_context(SMALL, positions, None, None, None),
         memory_BSD=memory,
         memory_segments_BS=jnp.array([[1] * 7, [1] * 4 + [0] * 3]),
     )
