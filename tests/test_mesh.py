@@ -17,6 +17,7 @@ from jaxlm.errors import UserError
 from jaxlm.mesh_rules import preset
 from jaxlm.model import transformer as tf
 from jaxlm.model.attention import AttentionConfig
+from jaxlm.model.backends import BACKENDS
 from jaxlm.model.moe import MoEConfig
 from jaxlm.objectives.lm import LossConfig, make_lm_objective
 from jaxlm.optim import OptimConfig, make_optimizer, make_schedule
@@ -274,6 +275,9 @@ def test_the_preset_of_some_hardware_fits_it_and_unknown_hardware_is_refused():
         rule, count = preset(hardware)
         fields = {name[5:]: x for name, x in rule.overrides(count).items() if name.startswith("mesh.")}
         assert math.prod(MeshConfig(**fields).shape(count)) == count
+        kernel = BACKENDS[rule.backend]
+        assert kernel.platform == {"c": "", "T": "tpu", "N": "gpu"}[hardware[0]]
+        assert rule.dtype == ("bfloat16" if kernel.platform else "float32")
     assert preset("TPU v6 lite x 512")[0].overrides(512)["mesh.slices"] == 2
     with pytest.raises(UserError, match="no mesh rule matches 'abacus x 3'"):
         preset("abacus x 3")
