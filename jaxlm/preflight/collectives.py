@@ -5,6 +5,8 @@ Bytes are those that one chip sends in a ring (or along both directions of a tor
     all-gather (n - 1) / n of the result      reduce-scatter (n - 1) / n of the operand
     all-reduce 2 (n - 1) / n                  all-to-all (n - 1) / n        collective-permute all of it
 
+A ragged all-to-all sends as many rows as the run decides: those of a balanced load are counted.
+
 A group of n members that lie on S slices, m = n / S on each, works in two levels: over the data-centre
 network (S - 1) / n of the bytes of a gather, over the links inside a slice (m - 1) / m of them; together
 (n - 1) / n. A program compiled for several slices of TPUs is a program of one slice: its groups are
@@ -74,7 +76,7 @@ def _walk(
     found: list[Collective] = []
     cycles, spread = 0.0, set()
     for each in computation.instructions.values():
-        if (made := _collective(module, each, trips)) is not None:
+        if (made := _collective(module, computation, each, trips)) is not None:
             found.append(made)
         elif each.opcode == "while":
             count = trip_count(module, computation, each)
@@ -119,7 +121,7 @@ def _fused(module: Module, fusion: Instruction, trips: int) -> Iterator[tuple[tu
     """Collectives inside a fusion (or an asynchronous computation), with what tells copies of one apart."""
     inner = module.computations[fusion.attribute("calls")]
     for each in inner.instructions.values():
-        made = _collective(module, each, trips)
+        made = _collective(module, inner, each, trips)
         if made is not None:
             if made.kind == "all-reduce" and nbytes(fusion.type) < made.nbytes and _is_sliced(inner):
                 made = dataclasses.replace(made, kind="reduce-scatter")
@@ -134,7 +136,7 @@ def _is_sliced(computation: Computation) -> bool:
     return any(each.opcode == "dynamic-slice" for each in computation.instructions.values())
 
 
-def _collective(module: Module, each: Instruction, trips: int) -> Collective | None:
+def _collective(module: Module, computation: Computation, each: Instruction, trips: int) -> Collective | None:
     kind = each.opcode.removesuffix("-start")
     if kind == "send" and "megascale" in each.attributes:
         part = re.search(r'_xla_megascale_transfer_type="(\w+)"', each.attributes)
@@ -156,6 +158,8 @@ def _collective(module: Module, each: Instruction, trips: int) -> Collective | N
         return None
     if kind == "reduce-scatter":
         size *= groups.shape[1]
+    if kind == "ragged-all-to-all" and (rows := computation.instructions.get(each.operands[0])):
+        size = min(size, nbytes(rows.type))  # a balanced load: what is sent, not the room for more
     return Collective(kind, size, groups, trips, each.where)
 
 

@@ -239,6 +239,17 @@ def test_a_conditional_counts_its_dearer_branch():
     assert [each.nbytes for each in found(text).collectives] == [256]
 
 
+def test_a_ragged_exchange_sends_a_balanced_load_and_not_the_room_for_more():
+    """There 16 rows go into a buffer of 64, and back."""
+    sizes = {"p": 16, "b": 64, "o": 8, "n": 8}
+    operands = [f"%{name} = f32[{size}]{{0}} parameter({i})" for i, (name, size) in enumerate(sizes.items())]
+    there = "%t = f32[64]{0} ragged-all-to-all(%p, %b, %o, %n, %o, %n), replica_groups={}"
+    back = "ROOT %r = f32[16]{0} ragged-all-to-all(%t, %p, %o, %n, %o, %n), replica_groups={}"
+    both = found(entry(*operands, there, back)).collectives
+    assert [each.nbytes for each in both] == [64, 64]
+    assert sent(both[0]).ici == 64 * 7 / 8
+
+
 def test_newlines_inside_an_instruction():
     text = entry(
         "%p = f32[8]{0} parameter(0)",
