@@ -196,7 +196,7 @@ class Layout:
         for m in used:
             if used.count(m) > 1:
                 raise UserError(f"axes {tuple(axes)}: the rules put two dimensions on mesh axis {m!r}")
-        return _partition_spec(dims)
+        return make_spec(dims)
 
     def mesh_axes(self, axis: str | None, *, compute: bool = False) -> tuple[str, ...]:
         """The mesh axes that split a logical axis; those of size one go unsaid, so that specs are short."""
@@ -218,7 +218,7 @@ class Layout:
             while n % self.size(dim):
                 dim = dim[:-1]
             dims.append(dim)
-        return _partition_spec(dims)
+        return make_spec(dims)
 
     def sharding(self, axes: Sequence[str | None]) -> NamedSharding:
         """`NamedSharding` for these logical axes, in storage."""
@@ -248,7 +248,8 @@ class Layout:
         return math.prod(self.mesh.shape[m] for m in mesh_axes)
 
 
-def _partition_spec(dims: Sequence[tuple[str, ...]]) -> PartitionSpec:
+def make_spec(dims: Sequence[tuple[str, ...]]) -> PartitionSpec:
+    """The `PartitionSpec` of an array whose dimensions are split over these mesh axes."""
     return PartitionSpec(*[None if not dim else dim[0] if len(dim) == 1 else dim for dim in dims])
 
 

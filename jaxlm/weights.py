@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jaxlm.sharding import Layout, constrain, current, leaf_axes, manual_axes, spec_axes
+from jaxlm.sharding import Layout, constrain, current, leaf_axes, make_spec, manual_axes, spec_axes
 from jaxlm.tree import map_named
 
 # The name by which a remat policy finds the results of `matmul`.
@@ -128,15 +128,37 @@ def matmul(
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _move(w: Array, stored: PartitionSpec, used: PartitionSpec, dtype: str) -> Array:
-    own = w.dtype
-    w = jax.lax.with_sharding_constraint(w.astype(dtype), stored)
-    return jax.lax.with_sharding_constraint(w, used).astype(own)
+    own, w = w.dtype, w.astype(dtype)
+    for spec in way(stored, used):
+        w = jax.lax.with_sharding_constraint(w, spec)
+    return w.astype(own)
 
 
-_move.defvjp(
-    lambda w, stored, used, dtype: (_move(w, stored, used, dtype), None),
-    lambda stored, used, dtype, _, g: (jax.lax.with_sharding_constraint(g, stored),),
-)
+def _scatter(stored: PartitionSpec, used: PartitionSpec, dtype: str, _: None, g: Array) -> tuple[Array]:
+    for spec in way(stored, used)[-2::-1]:
+        g = jax.lax.with_sharding_constraint(g, spec)
+    return (g,)
+
+
+_move.defvjp(lambda w, stored, used, dtype: (_move(w, stored, used, dtype), None), _scatter)
+
+
+def way(stored: PartitionSpec, used: PartitionSpec) -> list[PartitionSpec]:
+    """Layouts from one to the other; of several mesh axes to gather over, one at a time, the innermost first.
+
+    As many bytes travel as in one step over all of them. But a TPU does not gather in a group that fills its
+    torus: there it sums arrays that are zero but for a device's own part, which is twice the bytes.
+
+    >>> way(PartitionSpec(("data", "fsdp"), "tensor"), PartitionSpec(None, "tensor"))[1]
+    PartitionSpec('data', 'tensor')
+    """
+    parts = [spec_axes(part) for part in stored]
+    kept = {m for part in used for m in spec_axes(part)}
+    steps = [stored]
+    for gone in [m for part in parts for m in part if m not in kept][:0:-1]:
+        parts = [tuple(m for m in part if m != gone) for part in parts]
+        steps.append(make_spec(parts))
+    return [*steps, used]
 
 
 def lay_out(

@@ -110,8 +110,13 @@ MESHES = {
     ),
     "pipe2_ring2_tensor2": (MeshConfig(data=1, pipe=2, sequence=2, tensor=2), "ring"),
     "pipe2_data2_ulysses2": (MeshConfig(data=2, pipe=2, sequence=2), "ulysses"),
+    "data4_fsdp2_stored_on_both": (
+        MeshConfig(data=4, fsdp=2, rules=(("embed", "data fsdp"),)),
+        "gather",
+    ),
 }  # fmt: skip
 FAST = {
+    ("gqa_window", "data4_fsdp2_stored_on_both"),
     ("dense", "fsdp4_tensor2"),
     ("gqa_window", "data2_ring2_tensor2"),
     ("capacity", "fsdp2_tensor2_expert2"),
