@@ -1,6 +1,7 @@
 """What a preflight tells: memory against the limit, FLOPs, traffic, time, money, and what looks wrong."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -103,14 +104,16 @@ def make_report(cfg: RunConfig, topology: Topology, facts: Facts, price: float =
         facts=facts,
         time=time,
         price=price,
-        warnings=tuple(_warnings(topology, facts, need, time)),
+        warnings=tuple(_warnings(topology, facts, need, time, cfg.mesh.table()["embed"])),
     )
 
 
 # --------------------------------------------------------------------------------------------------- warnings
 
 
-def _warnings(topology: Topology, facts: Facts, need: Any, time: Roofline | None) -> Iterator[str]:
+def _warnings(
+    topology: Topology, facts: Facts, need: Any, time: Roofline | None, stored: Sequence[str]
+) -> Iterator[str]:
     name, size = facts.largest_replicated
     if size >= LARGE and topology.num_devices > 1:
         yield f"{name} is replicated: {size / GiB:.2f} GiB on every device; give one of its axes a rule"
@@ -123,7 +126,7 @@ def _warnings(topology: Topology, facts: Facts, need: Any, time: Roofline | None
     rows = facts.collectives or ()
     yield from _reshards(rows)
     if topology.platform != "cpu":  # XLA:CPU has no reduce-scatter of a product
-        yield from _whole_gradients(rows, facts.state["params"], need)
+        yield from _whole_gradients(rows, facts.state["params"], need, stored)
     if time is not None:
         yield from _slow_axes(topology, rows, time, need)
 
@@ -140,15 +143,16 @@ def _reshards(rows: Sequence[Row]) -> Iterator[str]:
             )
 
 
-def _whole_gradients(rows: Sequence[Row], params: int, need: Any) -> Iterator[str]:
-    """All-reduces along the axis that splits parameters, of about the size of all that a device gathers."""
-    shards = need.mesh_shape["fsdp"]
-    found = [row for row in rows if row.kind == "all-reduce" and "fsdp" in row.axes.split()]
+def _whole_gradients(rows: Sequence[Row], params: int, need: Any, stored: Sequence[str]) -> Iterator[str]:
+    """All-reduces along the axes that split parameters, of about the size of all that a device gathers."""
+    shards = math.prod(need.mesh_shape[m] for m in stored)
+    found = [row for row in rows if row.kind == "all-reduce" and set(stored) & set(row.axes.split())]
     total = sum(row.nbytes * row.count for row in found)
     if shards > 1 and total > params * shards / 2:
         yield (
-            f"gradients leave as whole all-reduces along fsdp ({total / 1e9:,.1f} GB a step): a reduce-"
-            f"scatter would send half. On a TPU that happens where a shard is no multiple of 128 wide"
+            f"whole all-reduces along {' and '.join(stored)} ({total / 1e9:,.1f} GB a step): gathers and "
+            f"reduce-scatters would send half. A TPU does that over a group that fills its torus: store "
+            f"weights over two axes, say mesh.data and mesh.fsdp with mesh.rules=(('embed', 'data fsdp'),)"
         )
 
 
