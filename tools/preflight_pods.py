@@ -38,14 +38,25 @@ DEEPSEEK = llama(61, 7168, 18_432, 128, 128, 129_280)
 DEEPSEEK["attention"]["head_dim"] = 128
 DEEPSEEK |= dict(mlp_pattern=("moe",), moe=dict(num_experts=256, top_k=8, expert_dim=2048, shared_experts=1))
 
+
+def stored_over(data: int, fsdp: int, **others: int) -> dict:
+    """A mesh whose weights are stored split over `data` and `fsdp`, gathered over one after the other.
+
+    Neither fills the torus: over a group that does, the compiler would gather by all-reduce. Gradients travel
+    in bfloat16.
+    """
+    rules = (("embed", "data fsdp"),)
+    return dict(data=data, fsdp=fsdp, rules=rules, reduce_dtype="bfloat16", **others)
+
+
 # name -> (model, topology, slices, mesh, rows, T)
 PODS: dict[str, tuple[dict, str, int, dict, int, int]] = {
-    "llama2-7B": (LLAMA2_7B, "v5e:16x16", 1, dict(data=1, fsdp=256), 512, 4096),
-    "llama3-8B": (LLAMA3_8B, "v5p:4x4x4", 1, dict(data=1, fsdp=64), 256, 8192),
-    "llama3-8B on v6e": (LLAMA3_8B, "v6e:8x8", 1, dict(data=1, fsdp=64), 128, 8192),
-    "llama3-70B": (LLAMA3_70B, "v5p:8x8x8", 1, dict(data=1, fsdp=512), 1024, 8192),
+    "llama2-7B": (LLAMA2_7B, "v5e:16x16", 1, stored_over(16, 16), 512, 4096),
+    "llama3-8B": (LLAMA3_8B, "v5p:4x4x4", 1, stored_over(16, 4), 256, 8192),
+    "llama3-8B on v6e": (LLAMA3_8B, "v6e:8x8", 1, stored_over(8, 8), 128, 8192),
+    "llama3-70B": (LLAMA3_70B, "v5p:8x8x8", 1, stored_over(64, 8), 1024, 8192),
     "llama3-405B": (LLAMA3_405B, "v5p:16x16x16", 1, dict(data=1, fsdp=512, tensor=8), 1024, 8192),
-    "mixtral-8x7B": (MIXTRAL, "v5p:4x4x4", 1, dict(data=1, fsdp=8, expert=8), 512, 4096),
+    "mixtral-8x7B": (MIXTRAL, "v5p:4x4x4", 1, stored_over(16, 4), 512, 4096),
     "deepseek-V3-shaped": (DEEPSEEK, "v5p:8x8x8", 1, dict(data=1, fsdp=8, expert=64), 1024, 4096),
     "llama3-8B, T 131,072": (LLAMA3_8B, "v5p:8x8x8", 1, dict(data=1, fsdp=64, sequence=8), 64, 131_072),
     "llama3-70B, two slices": (LLAMA3_70B, "v6e:16x16", 2, dict(data=2, fsdp=256), 512, 8192),
