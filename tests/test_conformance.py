@@ -116,7 +116,7 @@ MESHES = {
     ),
 }  # fmt: skip
 FAST = {
-    ("gqa_window", "data4_fsdp2_stored_on_both"),
+    ("dense", "data4_fsdp2_stored_on_both"),
     ("dense", "fsdp4_tensor2"),
     ("gqa_window", "data2_ring2_tensor2"),
     ("capacity", "fsdp2_tensor2_expert2"),
