@@ -149,8 +149,9 @@ def way(stored: PartitionSpec, used: PartitionSpec) -> list[PartitionSpec]:
     As many bytes travel as in one step over all of them. But a TPU does not gather in a group that fills its
     torus: there it sums arrays that are zero but for a device's own part, which is twice the bytes.
 
-    >>> way(PartitionSpec(("data", "fsdp"), "tensor"), PartitionSpec(None, "tensor"))[1]
-    PartitionSpec('data', 'tensor')
+    >>> steps = way(PartitionSpec(("data", "fsdp"), "tensor"), PartitionSpec(None, "tensor"))
+    >>> [tuple(spec) for spec in steps]
+    [(('data', 'fsdp'), 'tensor'), ('data', 'tensor'), (None, 'tensor')]
     """
     parts = [spec_axes(part) for part in stored]
     kept = {m for part in used for m in spec_axes(part)}
