@@ -83,7 +83,7 @@ def parse(text: str) -> Module:
             if header:
                 name, lines = header[2], []
                 entry = name if header[1] else entry
-        elif line == "}":
+        elif re.fullmatch(r'\}(, execution_thread="[^"]*")?', line):
             made = [_instruction(text) for text in lines]
             computations[name] = Computation(name, {i.name: i for i in made})
             name = ""

@@ -95,6 +95,16 @@ def test_bytes_of_every_kind():
     }
 
 
+def test_a_computation_of_another_thread_ends_where_it_ends():
+    text = (
+        "HloModule m, num_partitions=8\n\n"
+        "%other (p: f32[8]) -> f32[8] {\n  %p = f32[8]{0} parameter(0)\n"
+        '  ROOT %n = f32[8]{0} negate(%p)\n}, execution_thread="sparsecore"\n\n'
+        "%next (q: f32[8]) -> f32[8] {\n  ROOT %q = f32[8]{0} parameter(0)\n}\n\n"
+    ) + entry("%p = f32[8]{0} parameter(0)", "ROOT %c = f32[8]{0} copy(%p)")
+    assert set(parse(text).computations) == {"other", "next", "main"}
+
+
 def test_asynchronous_pairs_count_once():
     text = entry(
         "%p = f32[8]{0} parameter(0)",
