@@ -295,7 +295,8 @@ def apply(
         allowed_BTS: a further mask (training and prefill without a cache).
         types_BT: kind of each token, in [0, cfg.token_types); default 0 (BERT's first and second sentence).
         cache: as made by `init_cache`; the call's keys and values are written at `positions_BT`.
-        key: for dropout; None = no dropout.
+        key: for dropout; None = none. A ring draws in its own order of columns and a pipeline by microbatch:
+            other masks than on one device, as likely.
 
     Returns:
         (hidden_BTD in `cfg.dtype`, the new cache or None, aux). `aux` is empty without experts; else `loss`

@@ -1,4 +1,4 @@
-"""The run directory: one run, one process, one config; every file in it is whole.
+"""The run directory: one run, one writing process, one config; every file in it is whole.
 
 config.json    {"config", "hash", "starts": [{"time", "git", "packages", ...}, ...]}
 run.lock       held by the process that writes here
