@@ -10,7 +10,7 @@ a window around 0 takes its place), R points and F free parameters:
 with Huber's correction for few points, k = 1 + F/R Var(rho'') / m^2 (Huber 1973, Annals of Statistics 1,
 799).
 
-Bootstrap intervals are plain percentiles: over made-up sweeps of 24 and 81 runs they cover 93 to 98%, where
+Bootstrap intervals are plain percentiles: over made-up sweeps of 24 and 81 runs they cover 92 to 98.5%, where
 percentiles widened by Student's factor cover 98 to 100%, since resampled nonlinear fits scatter more already.
 """
 
