@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxlm.errors import check, check_choice
 from jaxlm.model.backends import BACKENDS, attend
-from jaxlm.model.cache import LayerCache, write
+from jaxlm.model.cache import LayerCache, MemoryCache, write
 from jaxlm.model.context_parallel import CONTEXTS, attend_split
 from jaxlm.model.layers import NORMS, Norm, normal_init
 from jaxlm.model.masks import Mask
@@ -116,8 +116,8 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], ctx: Context, cache: LayerCache | None = None
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        self, x_BTD: Float[Array, "B T D"], ctx: Context, cache: LayerCache | MemoryCache | None = None
+    ) -> tuple[Float[Array, "B T D"], LayerCache | MemoryCache | None]:
         cfg, H, N, K = self.cfg, self.head_dim, self.cfg.num_heads, self.cfg.kv_heads
         D = x_BTD.shape[-1]
         dtypes = dict(dtype=self.dtype, accum=self.accum_dtype)
@@ -146,7 +146,9 @@ class Attention(nn.Module):
 
         source = ctx.memory_BSD if self.cross else x_BTD
         with jax.named_scope("qkv"):
-            q_BTNH, k_BSKH, v_BSKH = project("q", x_BTD, N), project("k", source, K), project("v", source, K)
+            q_BTNH = project("q", x_BTD, N)
+            if source is not None:
+                k_BSKH, v_BSKH = project("k", source, K), project("v", source, K)
         if ctx.rotation is not None and self.rotates:
             with jax.named_scope("rope"):
                 cos, sin = ctx.rotation["local" if self.window else "global"]
@@ -154,11 +156,21 @@ class Attention(nn.Module):
                 k_BSKH = rotate(k_BSKH, cos, sin, self.interleaved)
 
         if self.cross:
+            segments_BS = ctx.memory_segments_BS
+            if source is None:
+                k_BSKH, v_BSKH, segments_BS = cache
+            elif cache is not None:
+                if segments_BS is None:
+                    segments_BS = jnp.ones(source.shape[:2], jnp.int32)
+                cache = MemoryCache(
+                    k_BSKH.astype(cache.k_BSKH.dtype), v_BSKH.astype(cache.v_BSKH.dtype), segments_BS
+                )
             S = k_BSKH.shape[1]
             mask = Mask(
                 ctx.positions_BT,
                 jnp.broadcast_to(jnp.arange(S), (x_BTD.shape[0], S)),
-                k_segments_BS=ctx.memory_segments_BS,
+                ctx.segments_BT,
+                segments_BS,
                 causal=False,
             )
         elif cache is None:

@@ -26,6 +26,22 @@ def empty(batch: int, slots: int, num_kv_heads: int, head_dim: int, dtype: str) 
     )
 
 
+class MemoryCache(NamedTuple):
+    """Keys and values of one layer's cross-attention: of what the encoder made, computed once a text."""
+
+    k_BSKH: Float[Array, "B S K H"]
+    v_BSKH: Float[Array, "B S K H"]
+    segments_BS: Int[Array, "B S"]  # 0 = padding
+
+
+def empty_memory(batch: int, length: int, num_kv_heads: int, head_dim: int, dtype: str) -> MemoryCache:
+    """A cache of a memory that is all padding."""
+    shape = (batch, length, num_kv_heads, head_dim)
+    return MemoryCache(
+        jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch, length), jnp.int32)
+    )
+
+
 def write(
     cache: LayerCache,
     k_BTKH: Float[Array, "B T K H"],

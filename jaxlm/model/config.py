@@ -19,6 +19,25 @@ PARAMETRIZATIONS = ("standard", "mup", "completep")  # see jaxlm.model.parametri
 
 
 @dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """The stack that reads the inputs of a sequence-to-sequence model; else as the decoder."""
+
+    num_layers: int = 0  # 0 = the model has no encoder
+    num_heads: int = 0  # 0 = as many as the decoder's
+    mlp_dim: int = 0  # 0 = as wide as the decoder's
+    vocab_size: int = 0  # of an embedding table of its own; 0 = it reads the decoder's
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            size = getattr(self, field.name)
+            check(size >= 0, f"model.encoder.{field.name}={size} must not be negative")
+            check(
+                self.num_layers > 0 or size == 0,
+                f"model.encoder.{field.name}={size} without an encoder: set model.encoder.num_layers",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class TransformerConfig:
     """Shape and variations of a transformer stack."""
 
@@ -60,6 +79,7 @@ class TransformerConfig:
     attention: AttentionConfig = AttentionConfig()
     position: PositionConfig = PositionConfig()
     moe: MoEConfig = MoEConfig()
+    encoder: EncoderConfig = EncoderConfig()
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "num_layers", "model_dim"):
@@ -124,6 +144,24 @@ class TransformerConfig:
             "model.attention.context='ring' changes the order of columns, by which model.moe.dispatch="
             "'capacity' drops tokens; use context 'gather' or 'ulysses', or dispatch 'dropless'",
         )
+        if self.has_encoder:
+            self._check_encoder()
+
+    def _check_encoder(self) -> None:
+        wanted = {"causal": True, "parallel_block": False, "pooler": False, "token_types": 0}
+        for name, value in wanted.items():
+            given = getattr(self, name)
+            check(
+                given == value,
+                f"model.{name}={given!r} with model.encoder.num_layers={self.encoder.num_layers}: a decoder "
+                f"that attends to an encoder needs {name}={value!r}",
+            )
+        check(
+            self.parametrization != "completep" or self.encoder.num_layers == self.num_layers,
+            f"model.parametrization='completep' scales by one depth: model.encoder.num_layers="
+            f"{self.encoder.num_layers} must be model.num_layers={self.num_layers}",
+        )
+        encoder_of(self)  # refuses sizes that do not fit together
 
     def _check_parametrization(self) -> None:
         check_choice(self.parametrization, PARAMETRIZATIONS, "model.parametrization")
@@ -146,6 +184,11 @@ class TransformerConfig:
                 f"leaves two choices open: set model.attention.head_dim={self.head_dim} if the wider model "
                 f"has more heads of one size, or model.base_head_dim={narrow} if its heads are wider"
             )
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether the layers attend to what an encoder made of the inputs."""
+        return self.encoder.num_layers > 0
 
     @property
     def head_dim(self) -> int:
@@ -172,3 +215,26 @@ class TransformerConfig:
     def num_moe_layers(self) -> int:
         """How many layers route."""
         return sum(mlp == "moe" for _, mlp in self.layer_kinds)
+
+
+def encoder_of(cfg: TransformerConfig) -> TransformerConfig:
+    """The encoder of a sequence-to-sequence model as a stack of its own, which sees whole segments.
+
+    >>> cfg = TransformerConfig(num_layers=2, encoder=EncoderConfig(num_layers=6))
+    >>> encoder_of(cfg).num_layers, encoder_of(cfg).causal, encoder_of(cfg).has_encoder
+    (6, False, False)
+    """
+    own = cfg.encoder
+    return dataclasses.replace(
+        cfg,
+        num_layers=own.num_layers,
+        mlp_dim=own.mlp_dim or cfg.mlp_dim,
+        vocab_size=own.vocab_size or cfg.vocab_size,
+        attention=dataclasses.replace(cfg.attention, num_heads=own.num_heads or cfg.attention.num_heads),
+        causal=False,
+        encoder=EncoderConfig(),
+        # It ends in hidden states: the head is the decoder's.
+        tie_embeddings=True,
+        head_bias=False,
+        head_transform=False,
+    )

@@ -7,6 +7,7 @@ Linen stops at the block. Above it everything is plain JAX over a nested dict of
     tail/J/...                    the layers that are left when P does not divide L, unstacked
     final_norm/scale [D]
     head/w [D, V]                 untied models
+    encoder/...                   the same again, of the stack that `encoder_of` gives, see `encoder_decoder`
 """
 
 import dataclasses
@@ -22,8 +23,8 @@ from jaxlm.errors import UserError, check
 from jaxlm.model import positions as pos
 from jaxlm.model.attention import Attention, Context
 from jaxlm.model.axes import AXES, EXACT, STREAM
-from jaxlm.model.cache import LayerCache, empty
-from jaxlm.model.config import TransformerConfig
+from jaxlm.model.cache import LayerCache, MemoryCache, empty, empty_memory
+from jaxlm.model.config import TransformerConfig, encoder_of
 from jaxlm.model.context_parallel import CONTEXTS, check_columns
 from jaxlm.model.context_parallel import zigzag as in_zigzag
 from jaxlm.model.layers import ACTIVATIONS, MLP, Norm, dropout, normal_init
@@ -60,9 +61,9 @@ class Block(nn.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         ctx: Context,
-        cache: LayerCache | None = None,
+        cache: LayerCache | tuple[LayerCache, MemoryCache] | None = None,
         key: Array | None = None,
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None, Aux]:
+    ) -> tuple[Float[Array, "B T D"], LayerCache | tuple[LayerCache, MemoryCache] | None, Aux]:
         cfg = self.cfg
         dtypes = dict(dtype=cfg.dtype, param_dtype=cfg.param_dtype, accum_dtype=cfg.accum_dtype)
         shared = dict(init_std=partial(initial_std, cfg, "hidden"), out_scale=out_scale(cfg), **dtypes)
@@ -120,18 +121,20 @@ class Block(nn.Module):
             attended, cache = attention("attention", y_BTD, cache, cross=False)
             fed, aux = feed_forward(before("mlp", x_BTD) if cfg.parallel_norms else y_BTD)
             return add("attention", x_BTD, attended + fed, keys[0]), cache, aux
-        attended, cache = attention("attention", before("attention", x_BTD), cache, cross=False)
+        own, memory = cache if self.cross and cache is not None else (cache, None)
+        attended, own = attention("attention", before("attention", x_BTD), own, cross=False)
         x_BTD = add("attention", x_BTD, attended, keys[0])
         if self.cross:
-            attended, _ = attention("cross_attention", before("cross", x_BTD), None, cross=True)
+            attended, memory = attention("cross_attention", before("cross", x_BTD), memory, cross=True)
             x_BTD = add("cross", x_BTD, attended, keys[1])
+        cache = own if memory is None else (own, memory)
         fed, aux = feed_forward(before("mlp", x_BTD))
         return add("mlp", x_BTD, fed, keys[2]), cache, aux
 
 
 def blocks_of(cfg: TransformerConfig) -> list[Block]:
     """The blocks of one period."""
-    return [Block(cfg, attention, mlp) for attention, mlp in cfg.layer_kinds[: cfg.period]]
+    return [Block(cfg, *kinds, cross=cfg.has_encoder) for kinds in cfg.layer_kinds[: cfg.period]]
 
 
 def init(cfg: TransformerConfig, key: Array, *, init_scale: Float[Array, ""] | float = 1.0) -> Params:
@@ -155,6 +158,7 @@ def init(cfg: TransformerConfig, key: Array, *, init_scale: Float[Array, ""] | f
 
     def layer(block: Block, index: Array) -> Params:
         ctx = make_context(cfg, ones_BT - 1, ones_BT, None, None)
+        ctx = dataclasses.replace(ctx, memory_BSD=x_BTD if cfg.has_encoder else None)
         with use(None):  # the single dummy token is not to be spread over a mesh
             return block.init(jax.random.fold_in(block_key, index), x_BTD, ctx)["params"]
 
@@ -199,6 +203,10 @@ def init(cfg: TransformerConfig, key: Array, *, init_scale: Float[Array, ""] | f
         params["embed"]["types"] = types
     if cfg.head_bias:
         params.setdefault("head", {})["b"] = jnp.zeros((V,), cfg.param_dtype)
+    if cfg.has_encoder:
+        encoder = init(encoder_of(cfg), jax.random.fold_in(head_key, 3))
+        own = {n: x for n, x in encoder.pop("embed").items() if n != "table" or cfg.encoder.vocab_size}
+        params["encoder"] = {**encoder, "embed": own} if own else encoder
     if isinstance(init_scale, float) and init_scale == 1.0:
         return params
     # Norms start at 1 and are not drawn; biases start at 0.
@@ -278,6 +286,8 @@ def apply(
     positions_BT: Int[Array, "B T"] | None = None,
     allowed_BTS: Bool[Array, "B T S"] | None = None,
     types_BT: Int[Array, "B T"] | None = None,
+    memory_BSD: Float[Array, "B S D"] | None = None,
+    memory_segments_BS: Int[Array, "B S"] | None = None,
     cache: Params | None = None,
     key: Array | None = None,
 ) -> tuple[Float[Array, "B T D"], Params | None, Aux]:
@@ -294,6 +304,9 @@ def apply(
             a document: a causal query is not compared with later columns then.
         allowed_BTS: a further mask (training and prefill without a cache).
         types_BT: kind of each token, in [0, cfg.token_types); default 0 (BERT's first and second sentence).
+        memory_BSD: what an encoder made of the inputs, for a model that has one; a call with a cache that
+            holds it already goes without.
+        memory_segments_BS: its documents; a token sees those of its own number. Default: all of its row.
         cache: as made by `init_cache`; the call's keys and values are written at `positions_BT`.
         key: for dropout; None = none. A ring draws in its own order of columns and a pipeline by microbatch:
             other masks than on one device, as likely.
@@ -310,6 +323,16 @@ def apply(
         raise UserError(
             f"{T} columns, but model.position.max_length={cfg.position.max_length} learned positions"
         )
+    if cfg.has_encoder:
+        check(
+            memory_BSD is not None or cache is not None, "a model with an encoder needs inputs to attend to"
+        )
+        layout = current()
+        check(
+            layout is None or layout.stages == 1,
+            f"mesh.pipe={layout and layout.stages}: a decoder that attends to an encoder is not split into "
+            "stages; use mesh.fsdp or mesh.tensor",
+        )
     zigzag = CONTEXTS[cfg.attention.context].zigzag and ordered and cfg.causal and cache is None
     if cache is None:
         check_columns(T, current(), zigzag=zigzag)
@@ -319,7 +342,8 @@ def apply(
     bias_table = params["position_bias"]["table"] if cfg.position.kind == "t5" else None
     embed_key, stack_key = (None, None) if key is None else jax.random.split(key)
     rows = {"positions_BT": positions_BT, "segments_BT": segments_BT, "allowed_BTS": allowed_BTS}
-    shared = {"position_table": bias_table, "key": stack_key}
+    memory = {"memory_BSD": memory_BSD, "memory_segments_BS": memory_segments_BS}
+    shared = {"position_table": bias_table, "key": stack_key, **memory}
     x_BTD = dropout(embed(cfg, params, tokens_BT, positions_BT, types_BT), cfg.dropout, embed_key)
 
     blocks, P = blocks_of(cfg), cfg.period
@@ -328,7 +352,9 @@ def apply(
     def layer_of(rows: Params, shared: Params, part: Array | None = None):
         """What one layer does with these rows; `part` is their microbatch in a pipeline."""
         ctx = make_context(cfg, **rows, position_table=shared["position_table"])
-        ctx, key = dataclasses.replace(ctx, ordered=ordered and not zigzag, zigzag=zigzag), shared["key"]
+        given = {name: shared[name] for name in memory}
+        ctx = dataclasses.replace(ctx, ordered=ordered and not zigzag, zigzag=zigzag, **given)
+        key = shared["key"]
         if key is not None and part is not None:
             key = jax.random.fold_in(key, part)
 
@@ -437,8 +463,11 @@ def pool(cfg: TransformerConfig, params: Params, hidden_BTD: Float[Array, "B T D
     return jnp.tanh(_dense(cfg, lay_out(params["pooler"], AXES, cfg.dtype), hidden_BTD[:, :1])[:, 0])
 
 
-def init_cache(cfg: TransformerConfig, batch: int, length: int) -> Params:
+def init_cache(cfg: TransformerConfig, batch: int, length: int, memory_length: int = 0) -> Params:
     """An empty cache for `batch` rows of up to `length` positions; local layers keep `window` slots.
+
+    Of a model with an encoder it also has room for the keys and values of `memory_length` inputs a row, which
+    the first call fills in.
 
     Raises:
         UserError: more positions than the model has learned embeddings for.
@@ -449,9 +478,11 @@ def init_cache(cfg: TransformerConfig, batch: int, length: int) -> Params:
             f"{length} positions, but model.position.max_length={cfg.position.max_length} learned positions",
         )
 
-    def layer(kind: str) -> LayerCache:
+    def layer(kind: str) -> LayerCache | tuple[LayerCache, MemoryCache]:
         slots = min(cfg.attention.window, length) if kind == "local" else length
-        return empty(batch, slots, cfg.attention.kv_heads, cfg.head_dim, cfg.dtype)
+        sizes = dict(num_kv_heads=cfg.attention.kv_heads, head_dim=cfg.head_dim, dtype=cfg.dtype)
+        own = empty(batch, slots, **sizes)
+        return (own, empty_memory(batch, memory_length, **sizes)) if cfg.has_encoder else own
 
     kinds, P = cfg.layer_kinds, cfg.period
     repeats = cfg.num_layers // P

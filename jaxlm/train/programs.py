@@ -15,8 +15,9 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxlm.errors import check
 from jaxlm.evaluate import EvalStep, make_eval_step
-from jaxlm.model import transformer
+from jaxlm.model import encoder_decoder, transformer
 from jaxlm.model.parametrization import optimizer_options
 from jaxlm.objectives.lm import LossConfig, make_lm_objective
 from jaxlm.optim import OptimConfig, make_optimizer, make_schedule
@@ -34,8 +35,25 @@ class Model:
     cfg: transformer.TransformerConfig
 
     def apply(self, params: Any, batch: Batch, key: Any) -> tuple[jax.Array, dict[str, Any]]:
-        """Hidden states and auxiliary values."""
+        """Hidden states and auxiliary values.
+
+        A model with an encoder reads `inputs`, `input_segments` and `input_positions` [B, S] beside the
+        decoder's [B, T]; tokens attend to the inputs of their own segment.
+        """
         segments, positions = batch["segments"], batch["positions"]
+        if self.cfg.has_encoder:
+            check("inputs" in batch, f"a model with an encoder needs batches with inputs, not {list(batch)}")
+            return encoder_decoder.apply(
+                self.cfg,
+                params,
+                batch["inputs"],
+                batch["tokens"],
+                input_segments_BS=batch["input_segments"],
+                input_positions_BS=batch["input_positions"],
+                segments_BT=segments,
+                positions_BT=positions,
+                key=key,
+            )
         hidden_BTD, _, aux = transformer.apply(
             self.cfg, params, batch["tokens"], segments_BT=segments, positions_BT=positions, key=key
         )
