@@ -42,7 +42,6 @@ def get_config(size: str = "full") -> ConfigDict:
     model.embed_norm = False  # a norm right after the embeddings (BLOOM, BERT)
     model.head_bias = False  # a bias on the logits
     model.head_transform = False  # a dense layer, the activation and a norm before the logits (BERT)
-    model.pooler = False  # a dense layer and tanh on the first column (BERT)
     model.token_types = 0  # embeddings of the kinds of tokens, such as first and second sentence; 0 = none
     model.tie_embeddings = False  # the head is the embedding table
     model.scale_embeddings = False  # embeddings times sqrt(D) (Gemma)
@@ -109,6 +108,10 @@ def get_config(size: str = "full") -> ConfigDict:
     model.position.num_buckets = 32  # t5: rows of the bias table
     model.position.max_distance = 128  # t5: distances from here on share the last bucket
 
+    model.readout.classes = 0  # logits of a linear layer over the hidden states; 0 = none
+    model.readout.of = "first"  # first | last | mean: of a row's tokens | each: one by one
+    model.readout.dense = ""  # activation after a D x D layer before them (BERT's pooler: tanh); "" = none
+    model.readout.bias = True  # on the logits
     model.moe.num_experts = 0  # E; 0 = the model has no MoE layers
     model.moe.top_k = 2  # experts per token
     model.moe.expert_dim = 0  # width of each expert; 0 = mlp_dim

@@ -1,15 +1,15 @@
 """Encoders in the manner of BERT: norms after the branches, learned positions, token types, and their heads.
 
-The class that a file names decides what stands on top: a masked-LM head, a pooler, or neither.
+The class that a file names decides what stands on top, see `jaxlm.hf.tops`.
 """
 
 from typing import Any
 
-from jaxlm.errors import UserError, check_choice
-from jaxlm.hf.family import Family, Fields, HFConfig
+from jaxlm.hf.family import Family, Fields, HFConfig, Top
 from jaxlm.hf.fields import PLAIN, activation, activation_name, refuse
 from jaxlm.hf.gpt_like import biases, layer
-from jaxlm.hf.packing import Packing, linear, same
+from jaxlm.hf.packing import Packing, same
+from jaxlm.hf.tops import classes, encoder_tops, pooler, rows, vocabulary, with_vocabulary
 from jaxlm.model.config import TransformerConfig
 
 _KEYS = {
@@ -48,27 +48,6 @@ _ENCODER: Fields = {
 }
 
 
-def _tops(name: str, pooled: bool = True) -> dict[str, Fields]:
-    """Class -> what stands on top of the encoder."""
-    head = {"head_transform": True, "head_bias": True}
-    return {f"{name}ForMaskedLM": head, f"{name}Model": {"pooler": True} if pooled else {}}
-
-
-def _top(hf: HFConfig, tops: dict[str, Fields]) -> Fields:
-    named = (hf.get("architectures") or [next(iter(tops))])[0]
-    check_choice(named, tops, "config.json: architectures")
-    return tops[named]
-
-
-def _top_name(cfg: TransformerConfig, tops: dict[str, Fields]) -> dict[str, Any]:
-    for name, fields in tops.items():
-        if cfg.head_transform == ("head_transform" in fields) and cfg.pooler == ("pooler" in fields):
-            return {"architectures": [name]}
-    raise UserError(
-        f"model.pooler={cfg.pooler} with model.head_transform={cfg.head_transform}: no class has it"
-    )
-
-
 def _tensors(prefix: str) -> dict[str, Packing]:
     return {
         f"{prefix}embeddings.word_embeddings.weight": same("embed/table"),
@@ -77,19 +56,6 @@ def _tensors(prefix: str) -> dict[str, Packing]:
         f"{prefix}embeddings.LayerNorm.weight": same("embed_norm/scale"),
         f"{prefix}embeddings.LayerNorm.bias": same("embed_norm/bias"),
         **layer(f"{prefix}encoder.layer.{{i}}.", _PARTS),
-        f"{prefix}pooler.dense.weight": linear("pooler/w"),
-        f"{prefix}pooler.dense.bias": same("pooler/b"),
-    }
-
-
-def _head(dense: str, norm: str, bias: str) -> dict[str, Packing]:
-    """The masked-LM head; its matrix is the table."""
-    return {
-        f"{dense}.weight": linear("transform/w"),
-        f"{dense}.bias": same("transform/b"),
-        f"{norm}.weight": same("transform_norm/scale"),
-        f"{norm}.bias": same("transform_norm/bias"),
-        bias: same("head/b"),
     }
 
 
@@ -109,62 +75,73 @@ def _plain_keys(cfg: TransformerConfig) -> dict[str, Any]:
     return {"max_position_embeddings": length, "hidden_act": activation_name(cfg, PLAIN)}
 
 
+def _pooled(prefix: str) -> Top:
+    """The bare model with its pooler."""
+    return Top("", lambda hf: {"readout.dense": "tanh"}, pooler(f"{prefix}pooler.dense"))
+
+
 def _bert_family() -> Family:
-    tops = _tops("Bert")
+    lm = vocabulary(
+        "cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias"
+    )
+    pooled = pooler("bert.pooler.dense")
+    next_sentence = rows({**pooled, **classes("cls.seq_relationship")}, dense="tanh", number=2)
+    tops = encoder_tops(
+        "Bert",
+        lm=lm,
+        sequence=rows({**pooled, **classes("classifier")}, dense="tanh"),
+        model=_pooled("bert."),
+        ForNextSentencePrediction=next_sentence,
+        ForPreTraining=with_vocabulary(next_sentence, lm),
+    )
     return Family(
         "bert",
         "BertForMaskedLM",
         _KEYS,
-        lambda hf: {**_plain(hf, 0), **_top(hf, tops)},
-        lambda cfg: {**_plain_keys(cfg), **_top_name(cfg, tops)},
-        {
-            **_tensors("bert."),
-            **_head(
-                "cls.predictions.transform.dense",
-                "cls.predictions.transform.LayerNorm",
-                "cls.predictions.bias",
-            ),
-        },
+        lambda hf: _plain(hf, 0),
+        _plain_keys,
+        _tensors("bert."),
         defaults=_DEFAULTS,
         prefix="bert.",
         ignored=(r"position_ids$",),
-        bare=("BertModel",),
+        tops=tops,
     )
 
 
 def _roberta_family(model_type: str, name: str) -> Family:
-    tops = _tops(name)
+    head = {**pooler("classifier.dense"), **classes("classifier.out_proj")}
     # Positions are counted from the row after the padding's.
     return Family(
         model_type,
         f"{name}ForMaskedLM",
         _KEYS,
-        lambda hf: {
-            **_plain(hf, (1 if hf.get("pad_token_id") is None else hf["pad_token_id"]) + 1),
-            **_top(hf, tops),
-        },
-        lambda cfg: {**_plain_keys(cfg), **_top_name(cfg, tops), "pad_token_id": cfg.position.offset - 1},
-        {**_tensors("roberta."), **_head("lm_head.dense", "lm_head.layer_norm", "lm_head.bias")},
+        lambda hf: _plain(hf, (1 if hf.get("pad_token_id") is None else hf["pad_token_id"]) + 1),
+        lambda cfg: {**_plain_keys(cfg), "pad_token_id": cfg.position.offset - 1},
+        _tensors("roberta."),
         defaults=_DEFAULTS,
         prefix="roberta.",
         ignored=(r"position_ids$",),
-        bare=(f"{name}Model",),
+        tops=encoder_tops(
+            name,
+            lm=vocabulary("lm_head.dense", "lm_head.layer_norm", "lm_head.bias"),
+            sequence=rows(head, dense="tanh"),
+            model=_pooled("roberta."),
+        ),
     )
 
 
-def _distilbert(hf: HFConfig, tops: dict[str, Fields]) -> Fields:
+def _distilbert(hf: HFConfig) -> Fields:
     refuse(hf, sinusoidal_pos_embds=False, tie_word_embeddings=True)
     return {
         **_ENCODER,
         **activation(hf, "activation", PLAIN),
         "norm_eps": 1e-12,
         "position.max_length": hf["max_position_embeddings"],
-        **_top(hf, tops),
     }
 
 
 def _distilbert_family() -> Family:
-    tops = _tops("DistilBert", pooled=False)
+    head = {**pooler("pre_classifier"), **classes("classifier")}
     parts = {
         "q": "attention.q_lin",
         "k": "attention.k_lin",
@@ -186,21 +163,20 @@ def _distilbert_family() -> Family:
             "n_heads": "attention.num_heads",
             "hidden_dim": "mlp_dim",
         },
-        lambda hf: _distilbert(hf, tops),
+        _distilbert,
         lambda cfg: {
             "max_position_embeddings": cfg.position.max_length,
             "activation": activation_name(cfg, PLAIN),
-            **_top_name(cfg, tops),
         },
-        {
-            **embeddings,
-            **layer("distilbert.transformer.layer.{i}.", parts),
-            **_head("vocab_transform", "vocab_layer_norm", "vocab_projector.bias"),
-        },
+        {**embeddings, **layer("distilbert.transformer.layer.{i}.", parts)},
         defaults={"activation": "gelu", "max_position_embeddings": 512},
         prefix="distilbert.",
         ignored=(r"position_ids$",),
-        bare=("DistilBertModel",),
+        tops=encoder_tops(
+            "DistilBert",
+            lm=vocabulary("vocab_transform", "vocab_layer_norm", "vocab_projector.bias"),
+            sequence=rows(head, dense="relu"),
+        ),
     )
 
 

@@ -4,15 +4,25 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxlm.errors import UserError, check
+from jaxlm.errors import UserError, check, check_choice
 from jaxlm.hf.packing import Packing
 from jaxlm.model.attention import AttentionConfig
-from jaxlm.model.config import TransformerConfig
+from jaxlm.model.config import ReadoutConfig, TransformerConfig
 from jaxlm.model.moe import MoEConfig
 from jaxlm.model.positions import PositionConfig
 
 HFConfig = Mapping[str, Any]  # what config.json holds
 Fields = dict[str, Any]  # dotted name in `TransformerConfig` -> value
+
+
+@dataclasses.dataclass(frozen=True)
+class Top:
+    """What stands on a model's hidden states in one class of `transformers`."""
+
+    logits: str = ""  # what its outputs call logits: vocabulary | classes; '' = it has none
+    read: Callable[[HFConfig], Fields] = lambda hf: {}  # fields of ours, over the family's own
+    tensors: Mapping[str, Packing] = dataclasses.field(default_factory=dict)  # beside the family's
+    flat: bool = False  # its outputs have no axis for its one class
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +43,38 @@ class Family:
     alternatives: Callable[[TransformerConfig], Mapping[str, Packing]] | None = (
         None  # tensors that depend on cfg
     )
+    tops: Mapping[str, Top] = dataclasses.field(default_factory=dict)  # class -> what stands on top in it
 
     def table(self, cfg: TransformerConfig) -> dict[str, Packing]:
-        """All tensors that a model of this family may have."""
-        return {**self.tensors, **(self.alternatives(cfg) if self.alternatives else {})}
+        """All tensors that a model of this family, with its one top, may have."""
+        alternatives = self.alternatives(cfg) if self.alternatives else {}
+        return {**self.tensors, **self.top.tensors, **alternatives}
+
+    @property
+    def top(self) -> Top:
+        """What stands on top in the class that is chosen."""
+        return self.tops.get(self.architecture, Top("vocabulary"))
+
+    def topped(self, hf: HFConfig) -> "Family":
+        """The family with the class that a config.json names.
+
+        Raises:
+            UserError: none of its classes; the message names the nearest.
+        """
+        named = (hf.get("architectures") or [self.architecture])[0]
+        alias = named.removesuffix("ForCausalLM").removesuffix("LMHeadModel") != named
+        if not self.tops or (named not in self.tops and alias):
+            return self
+        check_choice(named, self.tops, "config.json: architectures")
+        return dataclasses.replace(self, architecture=named)
 
 
-GROUPS = {"attention": AttentionConfig, "position": PositionConfig, "moe": MoEConfig}
+GROUPS = {
+    "attention": AttentionConfig,
+    "position": PositionConfig,
+    "moe": MoEConfig,
+    "readout": ReadoutConfig,
+}
 # How a model is run and trained, not what it computes.
 _EXECUTION = {
     "": "dropout init_std scan remat dtype param_dtype accum_dtype parametrization base_width base_depth "
@@ -78,9 +113,11 @@ def canonical(cfg: TransformerConfig) -> TransformerConfig:
         scale=0.0 if cfg.attention.scale == cfg.head_dim**-0.5 else cfg.attention.scale,
         **defaults(cfg.attention, "attention"),
     )
+    readout = dataclasses.replace(cfg.readout, bias=cfg.readout.bias or not cfg.readout.classes)
     return dataclasses.replace(
         cfg,
         attention=attention,
+        readout=readout if readout.classes or readout.dense else ReadoutConfig(),
         moe=dataclasses.replace(cfg.moe, **defaults(cfg.moe, "moe")),
         mlp_dim=cfg.mlp_width,
         mlp_pattern=period(cfg.mlp_pattern),
@@ -104,10 +141,11 @@ def read_config(family: Family, hf: HFConfig) -> TransformerConfig:
     Raises:
         UserError: it asks for something that this library does not have.
     """
+    family = family.topped(hf)
     hf = {**family.defaults, **hf}
     fields = {ours: hf[key] for key, ours in family.keys.items() if hf.get(key) is not None}
     try:
-        return canonical(config_of({**fields, **family.read(hf)}))
+        return canonical(config_of({**fields, **family.read(hf), **family.top.read(hf)}))
     except KeyError as error:
         raise UserError(f"config.json of model_type {family.model_type!r} lacks {error}") from error
 
@@ -128,18 +166,39 @@ def write_config(family: Family, cfg: TransformerConfig, kept: HFConfig) -> dict
         f"model.parametrization={cfg.parametrization!r}: its multipliers have no place in a checkpoint",
     )
     cfg = canonical(cfg)
-    named = {"model_type": family.model_type, "architectures": [family.architecture]}
     if kept and read_config(family, kept) == cfg:
-        return {**named, **kept}
+        return {"model_type": family.model_type, "architectures": [family.architecture], **kept}
+    if cfg.readout.classes not in (0, labels(kept)):
+        kept = {key: value for key, value in kept.items() if key not in ("num_labels", "label2id")}
+        kept["id2label"] = {str(i): f"LABEL_{i}" for i in range(cfg.readout.classes)}
     ours = {key: _at(cfg, name) for key, name in family.keys.items()}
     kept = {key: value for key, value in kept.items() if key not in ("rope_parameters", "rope_scaling")}
     tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # not their defaults' ids
+    named = {"model_type": family.model_type}
     hf = {**tokens, **family.defaults, **kept, **named, **ours, **family.write(cfg)}
+    hf["architectures"] = [_class_of(family, cfg, hf)]
     hf.pop("default_theta", None)
     again = read_config(family, hf)
     lines = [f"{name}: {a!r} here, {b!r} there" for name, a, b in _differences(cfg, again)]
     check(not lines, f"no {family.model_type} model has these fields:\n  " + "\n  ".join(lines))
     return hf
+
+
+def labels(hf: HFConfig) -> int:
+    """How many classes a config.json has; two if it does not say."""
+    return int(hf.get("num_labels") or len(hf.get("id2label") or (0, 1)))
+
+
+def _class_of(family: Family, cfg: TransformerConfig, hf: HFConfig) -> str:
+    """The family's own class if that is what stands on the model, else the first of its classes that does."""
+    if not family.tops:
+        return family.architecture
+    parts = ("head_transform", *(f"readout.{field.name}" for field in dataclasses.fields(ReadoutConfig)))
+    ours, bare = ({part: _at(c, part) for part in parts} for c in (cfg, TransformerConfig()))
+    for name in (family.architecture, *family.tops):
+        if {**bare, **family.tops[name].read(hf)}.items() >= ours.items():
+            return name
+    raise UserError(f"no {family.model_type} class has on top what this model has: {ours}")
 
 
 def _at(cfg: TransformerConfig, name: str) -> Any:

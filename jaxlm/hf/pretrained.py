@@ -20,7 +20,7 @@ from jaxlm.hf.family import Family, read_config, write_config
 from jaxlm.hf.files import Source, open_folder, write_folder
 from jaxlm.hf.gguf_files import open_gguf
 from jaxlm.hf.transfer import read_params, tensors_of
-from jaxlm.model import transformer
+from jaxlm.model import heads, transformer
 from jaxlm.model.activations import activations
 from jaxlm.model.config import TransformerConfig
 from jaxlm.sharding import Layout, use
@@ -86,7 +86,7 @@ def save(model: "Pretrained", folder: str | Path, *, dtype: str = "") -> None:
     config = write_config(model.family, model.cfg, model.config)
     spelling = "torch_dtype" if "torch_dtype" in config else "dtype"
     prefix = model.family.prefix if config["architectures"][0] in model.family.bare else ""
-    tensors = tensors_of(model.cfg, model.family, model.params, dtype=dtype)
+    tensors = tensors_of(model.cfg, model.family.topped(config), model.params, dtype=dtype)
     write_folder(
         Path(folder),
         {**config, spelling: dtype},
@@ -112,7 +112,7 @@ class Pretrained:
         position_ids: Ids | None = None,
         token_type_ids: Ids | None = None,
     ) -> Float[np.ndarray, "B T V"]:
-        """Logits after every token, float32.
+        """What `transformers` calls logits, float32: those of the vocabulary, or a classifier's.
 
         Args:
             input_ids: [B, T].
@@ -120,17 +120,60 @@ class Pretrained:
             position_ids: [B, T]; default: tokens of a row are counted from 0, padding is not.
             token_type_ids: [B, T], of models that have them; default 0.
 
+        Returns:
+            [B, T, V] after every token; of a class that says something else, what `class_logits` or
+            `token_logits` returns.
+
         Raises:
-            UserError: arrays of different shapes, or an encoder without a head.
+            UserError: arrays of different shapes, or a model without a head.
         """
-        headless = not self.cfg.causal and not self.cfg.head_transform
+        inputs = (input_ids, attention_mask, position_ids, token_type_ids)
+        if self.family.top.logits == "classes":
+            return self._class_logits(*inputs)
         check(
-            not headless, f"{self.config.get('architectures')} has no head: use hidden_states or mean_pooled"
+            bool(self.family.top.logits),
+            f"{self.family.architecture} has no head: use hidden_states, mean_pooled or last_pooled",
         )
         with use(self.layout):
-            return np.asarray(
-                self._logits(self.params, *_inputs(input_ids, attention_mask, position_ids, token_type_ids))
-            )
+            return np.asarray(self._logits(self.params, *_inputs(*inputs)))
+
+    def class_logits(
+        self,
+        input_ids: Ids,
+        attention_mask: Ids | None = None,
+        token_type_ids: Ids | None = None,
+        position_ids: Ids | None = None,
+    ) -> Float[np.ndarray, "B C"]:
+        """Logits of the classes of each row; arguments as for `logits`.
+
+        Raises:
+            UserError: a model without classes of rows.
+        """
+        has = self.cfg.readout.classes > 0 and self.cfg.readout.of != "each"
+        check(has, f"{self.family.architecture} has no classes of rows")
+        return self._class_logits(input_ids, attention_mask, position_ids, token_type_ids)
+
+    def token_logits(
+        self,
+        input_ids: Ids,
+        attention_mask: Ids | None = None,
+        token_type_ids: Ids | None = None,
+        position_ids: Ids | None = None,
+    ) -> Float[np.ndarray, "B T ..."]:
+        """Logits of the classes of each token, [B, T, C]; [B, T] of a detector of replaced tokens.
+
+        Raises:
+            UserError: a model without classes of tokens.
+        """
+        has = self.cfg.readout.classes > 0 and self.cfg.readout.of == "each"
+        check(has, f"{self.family.architecture} has no classes of tokens")
+        return self._class_logits(input_ids, attention_mask, position_ids, token_type_ids)
+
+    def next_sentence_logits(
+        self, input_ids: Ids, attention_mask: Ids | None = None, token_type_ids: Ids | None = None
+    ) -> Float[np.ndarray, "B 2"]:
+        """Whether the second sentence follows the first (0) or not (1), or stands before it (ALBERT's 1)."""
+        return self.class_logits(input_ids, attention_mask, token_type_ids)
 
     def hidden_states(
         self,
@@ -152,19 +195,28 @@ class Pretrained:
     def pooled(
         self, input_ids: Ids, attention_mask: Ids | None = None, token_type_ids: Ids | None = None
     ) -> Float[np.ndarray, "B D"]:
-        """What BERT's pooler makes of the first column of rows padded on the right."""
-        check(self.cfg.pooler, f"{self.config.get('architectures')} has no pooler")
-        last = self.hidden_states(input_ids, attention_mask, None, token_type_ids)[-1]
-        return np.asarray(transformer.pool(self.cfg, self.params, jnp.asarray(last)))
+        """What BERT's pooler makes of the first token."""
+        check(bool(self.cfg.readout.dense), f"{self.family.architecture} has no pooler")
+        with use(self.layout):
+            inputs = _inputs(input_ids, attention_mask, None, token_type_ids)
+            return np.asarray(self._pooled(self.params, *inputs))[:, 0]
 
     def mean_pooled(
         self, input_ids: Ids, attention_mask: Ids | None = None, token_type_ids: Ids | None = None
     ) -> Float[np.ndarray, "B D"]:
         """The mean of the last hidden states over each row's tokens: an embedding of a sentence."""
-        last = self.hidden_states(input_ids, attention_mask, None, token_type_ids)[-1]
-        mask = np.ones(last.shape[:2]) if attention_mask is None else np.asarray(attention_mask)
-        weights = mask / mask.sum(1, keepdims=True)
-        return np.einsum("btd,bt->bd", last, weights).astype(np.float32)
+        return self._taken("mean", input_ids, attention_mask, token_type_ids)
+
+    def last_pooled(
+        self, input_ids: Ids, attention_mask: Ids | None = None, token_type_ids: Ids | None = None
+    ) -> Float[np.ndarray, "B D"]:
+        """The last hidden state of each row's last token: a decoder's embedding of a sentence."""
+        return self._taken("last", input_ids, attention_mask, token_type_ids)
+
+    def _taken(self, of: str, ids: Ids, mask: Ids | None, types: Ids | None) -> np.ndarray:
+        last_BTD = self.hidden_states(ids, mask, None, types)[-1]
+        segments_BT = None if mask is None else jnp.asarray(mask)
+        return np.asarray(heads.taken(of, jnp.asarray(last_BTD), segments_BT))[:, 0]
 
     def generate(
         self,
@@ -219,6 +271,29 @@ class Pretrained:
             return transformer.unembed(cfg, params, hidden_BTD)
 
         return jax.jit(logits)
+
+    def _class_logits(self, *inputs: Any) -> np.ndarray:
+        with use(self.layout):
+            logits = np.asarray(self._classes(self.params, *_inputs(*inputs)))
+        return logits[..., 0] if self.family.top.flat else logits
+
+    @functools.cached_property
+    def _classes(self) -> Any:
+        return self._head(heads.class_logits)
+
+    @functools.cached_property
+    def _pooled(self) -> Any:
+        return self._head(heads.pool)
+
+    def _head(self, head: Any) -> Any:
+        cfg = self.cfg
+
+        def run(params: Any, ids_BT: Any, *inputs_BT: Any) -> jax.Array:
+            where = _where(*inputs_BT)
+            hidden_BTD, _, _ = transformer.apply(cfg, params, ids_BT, **where)
+            return head(cfg, params, hidden_BTD, where["segments_BT"])
+
+        return jax.jit(run)
 
     @functools.cached_property
     def _states(self) -> Any:

@@ -36,6 +36,8 @@ AXES: dict[str, tuple[str | None, ...]] = {
     "transform/b": ("norm",),
     "pooler/w": ("embed", None),
     "pooler/b": ("norm",),
+    "classifier/w": ("embed", None),
+    "classifier/b": (None,),
 }
 for _name in (
     "attention_norm",

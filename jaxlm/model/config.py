@@ -15,6 +15,7 @@ from jaxlm.quant import FORMATS
 from jaxlm.stack import REMAT
 
 DTYPES = ("float32", "bfloat16", "float16")
+READOUTS = ("first", "last", "mean", "each")
 PARAMETRIZATIONS = ("standard", "mup", "completep")  # see jaxlm.model.parametrization
 
 
@@ -38,6 +39,22 @@ class EncoderConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ReadoutConfig:
+    """What is read out of the hidden states beside the vocabulary's logits, see jaxlm.model.heads."""
+
+    classes: int = 0  # C, logits of a linear layer on it; 0 = none
+    of: str = "first"  # first | last | mean: of a row's tokens | each: one by one
+    dense: str = ""  # activation after a D x D layer before them (BERT's pooler: tanh); '' = no such layer
+    bias: bool = True  # on the logits
+
+    def __post_init__(self) -> None:
+        check(self.classes >= 0, f"model.readout.classes={self.classes} must not be negative")
+        check_choice(self.of, READOUTS, "model.readout.of")
+        plain = [name for name, (_, gated) in ACTIVATIONS.items() if not gated]
+        check_choice(self.dense, ("", *plain), "model.readout.dense")
+
+
+@dataclasses.dataclass(frozen=True)
 class TransformerConfig:
     """Shape and variations of a transformer stack."""
 
@@ -57,7 +74,6 @@ class TransformerConfig:
     embed_norm: bool = False  # a norm right after the embeddings (BLOOM, BERT)
     head_bias: bool = False  # a bias on the logits
     head_transform: bool = False  # a dense layer, the activation and a norm before the logits (BERT)
-    pooler: bool = False  # a dense layer and tanh on the first column, see `pool` (BERT)
     token_types: int = 0  # embeddings of the kinds of tokens, such as first and second sentence; 0 = none
     tie_embeddings: bool = False  # the head is the embedding table
     scale_embeddings: bool = False  # embeddings times sqrt(D) (Gemma)
@@ -80,6 +96,7 @@ class TransformerConfig:
     position: PositionConfig = PositionConfig()
     moe: MoEConfig = MoEConfig()
     encoder: EncoderConfig = EncoderConfig()
+    readout: ReadoutConfig = ReadoutConfig()
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "num_layers", "model_dim"):
@@ -148,7 +165,7 @@ class TransformerConfig:
             self._check_encoder()
 
     def _check_encoder(self) -> None:
-        wanted = {"causal": True, "parallel_block": False, "pooler": False, "token_types": 0}
+        wanted = {"causal": True, "parallel_block": False, "token_types": 0}
         for name, value in wanted.items():
             given = getattr(self, name)
             check(
@@ -237,4 +254,5 @@ def encoder_of(cfg: TransformerConfig) -> TransformerConfig:
         tie_embeddings=True,
         head_bias=False,
         head_transform=False,
+        readout=ReadoutConfig(),
     )

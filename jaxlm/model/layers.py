@@ -23,6 +23,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[Array], Array], bool]] = {
     "relu": (jax.nn.relu, False),
     "relu2": (relu2, False),
     "silu": (jax.nn.silu, False),
+    "tanh": (jnp.tanh, False),
     "quick_gelu": (lambda x: x * jax.nn.sigmoid(1.702 * x), False),
     "swiglu": (jax.nn.silu, True),
     "geglu": (partial(jax.nn.gelu, approximate=True), True),

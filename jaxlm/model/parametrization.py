@@ -42,7 +42,7 @@ LEAVES: dict[str, str] = {
     "embedding": r"(^|/)embed/",
     "hidden": r"(^|/)((cross_)?attention/w[qkvo]|mlp/w_\w+|moe/(shared_)?w_\w+|(transform|pooler)/w)$",
     "vector": r"(^|/)(scale|bias|sinks|b[qkvo]|b_\w+)$|(^|/)(position_bias/|(transform|pooler)/b$)",
-    "head": r"(^|/)head/",
+    "head": r"(^|/)(head|classifier)/",
     "router": r"(^|/)(router_w|shared_gate)$",
 }
 IN_BLOCKS = r"(^|/)(blocks|tail)/"
@@ -159,7 +159,7 @@ def optimizer_options(cfg: TransformerConfig, optimizer: Optimizer) -> dict[str,
     decay = dict.fromkeys(LEAVES, 1.0)
     if kind == "completep":
         decay["hidden"] = 1 / lr["hidden"]  # lr * decay is the base model's
-    there = {"head": not cfg.tie_embeddings, "router": cfg.num_moe_layers > 0}
+    there = {"head": not cfg.tie_embeddings or cfg.readout.classes > 0, "router": cfg.num_moe_layers > 0}
 
     def pairs(factors: dict[str, float]) -> Multipliers:
         return tuple((LEAVES[role], x) for role, x in factors.items() if x != 1.0 and there.get(role, True))

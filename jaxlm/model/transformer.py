@@ -8,6 +8,7 @@ Linen stops at the block. Above it everything is plain JAX over a nested dict of
     final_norm/scale [D]
     head/w [D, V]                 untied models
     encoder/...                   the same again, of the stack that `encoder_of` gives, see `encoder_decoder`
+    pooler, classifier            see jaxlm.model.heads
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxlm.errors import UserError, check
+from jaxlm.model import heads
 from jaxlm.model import positions as pos
 from jaxlm.model.attention import Attention, Context
 from jaxlm.model.axes import AXES, EXACT, STREAM
@@ -191,11 +193,9 @@ def init(cfg: TransformerConfig, key: Array, *, init_scale: Float[Array, ""] | f
         params["embed_norm"] = norm["params"]
     if not cfg.tie_embeddings:
         params["head"] = {"w": normal_init(initial_std(cfg, "head", D))(head_key, (D, V), cfg.param_dtype)}
-    matrix = normal_init(initial_std(cfg, "hidden", D))
-    for k, (name, there) in enumerate({"transform": cfg.head_transform, "pooler": cfg.pooler}.items(), 1):
-        if there:
-            w_DD = matrix(jax.random.fold_in(head_key, k), (D, D), cfg.param_dtype)
-            params[name] = {"w": w_DD, "b": jnp.zeros((D,), cfg.param_dtype)}
+    params |= heads.init(cfg, head_key)
+    if cfg.head_transform:
+        params["transform"] = heads.dense_init(cfg, jax.random.fold_in(head_key, 1), D, D)
     if norm and cfg.head_transform:
         params["transform_norm"] = norm["params"]
     if cfg.token_types:
@@ -435,7 +435,7 @@ def unembed(
     dtypes = dict(dtype=cfg.dtype, accum=cfg.accum_dtype, result="float32", out=("batch", "length", "vocab"))
     params = head(cfg, params)
     if cfg.head_transform:
-        hidden_BTD = _dense(cfg, params["transform"], hidden_BTD)
+        hidden_BTD = heads.dense(cfg, params["transform"], hidden_BTD)
         hidden_BTD = ACTIVATIONS[cfg.activation][0](hidden_BTD)
         hidden_BTD = _norm(cfg).apply({"params": params.get("transform_norm", {})}, hidden_BTD)
     with jax.named_scope("unembed"):
@@ -450,17 +450,6 @@ def unembed(
     if cfg.logit_softcap:
         logits_BTV = cfg.logit_softcap * jnp.tanh(logits_BTV / cfg.logit_softcap)
     return logits_BTV
-
-
-def _dense(cfg: TransformerConfig, params: Params, x_BTD: Array) -> Array:
-    dtypes = dict(dtype=cfg.dtype, accum=cfg.accum_dtype)
-    y_BTD = matmul("BTD,DE->BTE", x_BTD, params["w"], out=("batch", "length", "activation"), **dtypes)
-    return y_BTD + params["b"].astype(cfg.dtype)
-
-
-def pool(cfg: TransformerConfig, params: Params, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B D"]:
-    """tanh(w x + b) of the first column: what BERT says of a whole row."""
-    return jnp.tanh(_dense(cfg, lay_out(params["pooler"], AXES, cfg.dtype), hidden_BTD[:, :1])[:, 0])
 
 
 def init_cache(cfg: TransformerConfig, batch: int, length: int, memory_length: int = 0) -> Params:

@@ -43,8 +43,10 @@ ROOMS = (
     "position_bias",
     "transform",
     "pooler",
+    "classifier",
     "head",
 )
+READOUT = ("pooler", "classifier")  # one token of a row passes through them, or each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +93,7 @@ def weights(cfg: TransformerConfig) -> Weights:
             head += size
         elif "/".join(parts[-2:]) in EXPERTS:
             experts += size
-        elif parts[-1] in PRODUCTS and room != "pooler":  # which one token of a row passes through
+        elif parts[-1] in PRODUCTS and (room not in READOUT or cfg.readout.of == "each"):
             products += size
     total = sum(rooms.values())
     chosen = experts // cfg.moe.num_experts * cfg.moe.top_k if experts else 0

@@ -165,8 +165,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-1": ("openai-gpt", GPT | dict(n_embd=72, n_layer=3, n_head=6, n_positions=64)),
 }
 
+DISTIL = dict(vocab_size=307, dim=72, n_layers=3, n_heads=6, hidden_dim=88, max_position_embeddings=64)
 BERT = dict(vocab_size=307, hidden_size=72, num_hidden_layers=3, num_attention_heads=6, intermediate_size=88)
-# case -> (model_type, class, fields of its config)
+# Encoders, and classes that are no language models: case -> (model_type, class, fields of its config)
 ENCODERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bert": ("bert", "BertForMaskedLM", BERT | dict(max_position_embeddings=64)),
     "bert-pooler": ("bert", "BertModel", BERT | dict(max_position_embeddings=64)),
@@ -183,9 +184,25 @@ ENCODERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "distilbert": (
         "distilbert",
         "DistilBertForMaskedLM",
-        dict(vocab_size=307, dim=72, n_layers=3, n_heads=6, hidden_dim=88, max_position_embeddings=64),
+        DISTIL,
     ),
 }
+for _model_type, _name, _fields in (
+    ("bert", "Bert", BERT | dict(max_position_embeddings=64)),
+    ("roberta", "Roberta", BERT | dict(max_position_embeddings=66, type_vocab_size=2, pad_token_id=1)),
+    ("distilbert", "DistilBert", DISTIL),
+):
+    for _end in ("ForSequenceClassification", "ForTokenClassification"):
+        _case = f"{_model_type}-{_end}"
+        ENCODERS[_case] = (_model_type, f"{_name}{_end}", _fields | dict(num_labels=5))
+for _end in ("ForPreTraining", "ForNextSentencePrediction", "ForQuestionAnswering"):
+    ENCODERS[f"bert-{_end}"] = ("bert", f"Bert{_end}", BERT | dict(max_position_embeddings=64))
+# Decoders that classify.
+for _case, _name in (("llama", "Llama"), ("gpt2", "GPT2"), ("gpt-neox", "GPTNeoX"), ("gpt-j", "GPTJ")):
+    for _end in ("ForSequenceClassification", "ForTokenClassification", "Model"):
+        if (_name, _end) != ("GPTJ", "ForTokenClassification"):  # there is none
+            _model_type, _fields = CASES[_case]
+            ENCODERS[f"{_case}-{_end}"] = (_model_type, f"{_name}{_end}", _fields | dict(num_labels=5))
 
 
 def make(case: str, folder: Path) -> Any:

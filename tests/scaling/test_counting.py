@@ -111,7 +111,7 @@ def test_every_leaf_is_counted_once(changes):
         axes = AXES["/".join(name.split("/")[-2:])]
         if (
             len(axes) > 1
-            and not name.startswith(("embed", "position_bias", "head", "pooler"))
+            and not name.startswith(("embed", "position_bias", "head", "pooler", "classifier"))
             and name[-2] != "b"
         ):
             products += leaf.size * cfg.moe.top_k // cfg.moe.num_experts if "experts" in axes else leaf.size
