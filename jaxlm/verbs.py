@@ -305,7 +305,7 @@ def _prepare_flags(values: flags.FlagValues) -> None:
     )
     _string(values, "out", None, "folder of the shards; run again to go on after an interruption")
     _string(values, "tokenizer", None, "'byte', *.model, *.json or a folder with one")
-    _string(values, "text_key", "text", "JSON field or Parquet column of the text")
+    _string(values, "text_key", "text", "JSON field or column of the text; of pairs two, such as en,de")
     _integer(values, "shard_tokens", 1 << 24, "tokens of a shard, about", 1)
     _integer(values, "workers", 0, "processes; 0 = one per core")
     _integer(values, "shard_index", 0, "which part of the work this machine does, from 0 ...")

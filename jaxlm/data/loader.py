@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.data import mixture, packing, shards, sources
+from jaxlm.data import formats, mixture, packing, shards, sources
+from jaxlm.data.config import DataConfig
+from jaxlm.data.formats import Format, Row, Source
 from jaxlm.data.packing import Batch
 from jaxlm.data.prepare import Progress, plan_fingerprint, prepare
 from jaxlm.data.shards import TokenStore
@@ -24,49 +26,14 @@ from jaxlm.errors import UserError, check, check_choice
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """What to train on, in which order, and what to evaluate on."""
-
-    tokenizer: str = "byte"  # 'byte', a SentencePiece *.model, a Hugging Face *.json or a folder with one
-    train: mixture.Mixture = ""  # glob, 'glob=2,glob=1' or ((glob, 2), ...) of text or prepared folders
-    eval: str = ""  # glob of the pinned eval set
-    text_key: str = "text"  # JSON field or Parquet column of the text
-    seq_len: int = 256  # T, targets in a row
-    batch_size: int = 16  # B, rows of a step over all hosts
-    packing: str = "concat"  # concat, first_fit or pad
-    seed: int = 0  # of the order
-    prefetch: int = 2  # batches made ahead of the step
-    cache_dir: str = ""  # token shards of raw text; '' = beside the run directory
-    workers: int = 0  # processes that tokenise raw text; 0 = all cores
-    eval_tokens: int = 0  # evaluate on the first so many tokens; 0 = all
-
-    def __post_init__(self) -> None:
-        check_choice(self.packing, packing.PACKINGS, "data.packing")
-        least = {"seq_len": 1, "batch_size": 1, "seed": 0, "prefetch": 1, "workers": 0, "eval_tokens": 0}
-        for name, low in least.items():
-            value = getattr(self, name)
-            whole = isinstance(value, int) and value >= low
-            check(whole, f"data.{name}={value!r} must be a whole number >= {low}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """One part of a mixture."""
-
-    glob: str
-    share: int  # of the sum of the shares of all sources
-    store: TokenStore
-    plan: packing.Plan
-
-
-@dataclasses.dataclass(frozen=True)
 class Dataset:
     """A mixture of token stores, cut into rows.
 
     Attributes:
+        num_tokens, num_bytes: None where the predictions of an epoch are not the tokens of its text.
         fingerprint: sha256 of everything that decides which tokens stand in global row r: the content, the
-            weights, the packing, the seed and the permutation itself. A checkpoint keeps it, and a resume
-            compares it.
+            weights, the packing, the format, the seed and the permutation itself. A checkpoint keeps it, and
+            a resume compares it.
     """
 
     sources: tuple[Source, ...]
@@ -74,9 +41,10 @@ class Dataset:
     seed: int
     bos_id: int
     pad_id: int
-    num_tokens: int  # targets of one epoch of every source (of the eval set, after eval_tokens)
-    num_bytes: int  # UTF-8 bytes that those targets stand for
+    num_tokens: int | None  # targets of one epoch of every source (of the eval set, after eval_tokens)
+    num_bytes: int | None  # UTF-8 bytes that those targets stand for
     fingerprint: str
+    format: Format | None = None  # None = next-token rows
 
     @property
     def num_rows(self) -> int:
@@ -89,7 +57,7 @@ class Dataset:
         return sum(source.plan.nbytes for source in self.sources)
 
     def describe(self) -> list[dict[str, Any]]:
-        """For each source: glob, share of the rows, tokens, documents, bytes, rows, and fill of them."""
+        """For each source: glob, share of the rows, tokens, documents, bytes, rows, fill, pairs cut short."""
         total = sum(source.share for source in self.sources)
         return [
             {
@@ -100,16 +68,19 @@ class Dataset:
                 "bytes": s.store.num_bytes,
                 "rows": s.plan.num_rows,
                 "fill": min(1.0, s.store.num_tokens / (s.plan.num_rows * self.seq_len)),
+                "cut": s.cut,
             }
             for s in self.sources
         ]
 
-    def batch(self, places: list[tuple[int, int]]) -> Batch:
-        """The batch whose rows are (source, row of its plan); (-1, 0) is a row of padding."""
-        batch = packing.empty_batch(len(places), self.seq_len, self.pad_id)
-        begins_BT = np.zeros((len(places), self.seq_len), np.int32)
-        used_B = np.zeros(len(places), np.int32)
-        for r, (s, row) in enumerate(places):
+    def batch(self, rows: Sequence[Row]) -> Batch:
+        """The batch of these rows; source -1 is a row of padding."""
+        if self.format is not None:
+            return self.format.batch(self.sources, rows, self.seed, self.pad_id)
+        batch = packing.empty_batch(len(rows), self.seq_len, self.pad_id)
+        begins_BT = np.zeros((len(rows), self.seq_len), np.int32)
+        used_B = np.zeros(len(rows), np.int32)
+        for r, (s, row, _) in enumerate(rows):
             if s >= 0:
                 source = self.sources[s]
                 tokens_T, targets_T = batch["tokens"][r], batch["targets"][r]
@@ -127,6 +98,7 @@ def make_dataset(
     *,
     cache_dir: str | Path = "",
     split: str = "train",
+    vocab_size: int = 0,
     progress: Progress | None = None,
 ) -> Dataset:
     """Open what `cfg.train` or `cfg.eval` names; raw text is prepared into the cache first.
@@ -137,6 +109,7 @@ def make_dataset(
         cache_dir: where prepared text is kept, unless cfg.cache_dir says otherwise.
         split: 'train' or 'eval'. The eval set is one source, of which the first cfg.eval_tokens tokens are
             used.
+        vocab_size: of the model, whose ids beyond the tokenizer's may stand for masks; 0 = the tokenizer's.
         progress: told how preparation goes, see `prepare`.
 
     Raises:
@@ -144,23 +117,25 @@ def make_dataset(
     """
     check_choice(split, ("train", "eval"), "split")
     if split == "train":
-        pairs = mixture.parse_mixture(cfg.train)
+        globs = mixture.parse_mixture(cfg.train)
     else:
         check(cfg.eval.strip() != "", "data.eval names no files: give a glob such as 'corpus/eval/*.txt'")
-        pairs = ((cfg.eval, 1.0),)
+        globs = ((cfg.eval, 1.0),)
     # The eval set is the same whatever is trained on it, and in whichever order.
     seed, limit = (cfg.seed, 0) if split == "train" else (0, cfg.eval_tokens)
-    found = []
-    for (glob, _), share in zip(pairs, mixture.shares([w for _, w in pairs]), strict=True):
+    form, found = formats.make_format(cfg, tokenizer, vocab_size or tokenizer.vocab_size), []
+    for (glob, _), share in zip(globs, mixture.shares([w for _, w in globs]), strict=True):
         store = _open(glob, cfg, tokenizer, cfg.cache_dir or cache_dir, progress)
-        plan = packing.make_plan(store, cfg.packing, cfg.seq_len, seed, limit)
-        mixture.check_rows(plan.num_rows, glob)
-        found.append(Source(glob, share, store, plan))
-    num_tokens = sum(s.store.num_tokens for s in found)
-    num_bytes = sum(s.store.num_bytes for s in found)
-    if limit and limit < num_tokens:
-        num_tokens = limit
-        num_bytes = _count_bytes(found[0].store, tokenizer, limit)
+        options = dict(share=share, seed=seed, limit=limit)
+        found.append(formats.make_source(cfg, form, tokenizer, store, glob, **options))
+        mixture.check_rows(found[-1].plan.num_rows, glob)
+    num_tokens = num_bytes = None
+    if form is None:
+        num_tokens = sum(s.store.num_tokens for s in found)
+        num_bytes = sum(s.store.num_bytes for s in found)
+        if limit and limit < num_tokens:
+            num_tokens = limit
+            num_bytes = _count_bytes(found[0].store, tokenizer, limit)
     identity = {
         "sources": [(s.store.fingerprint, s.share) for s in found],
         "seq_len": cfg.seq_len,
@@ -169,6 +144,8 @@ def make_dataset(
         "limit": limit,
         "order": mixture.order_probe(),
     }
+    if form is not None:
+        identity["format"] = form.identity
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     return Dataset(
         tuple(found),
@@ -179,6 +156,7 @@ def make_dataset(
         num_tokens,
         num_bytes,
         fingerprint,
+        form,
     )
 
 
@@ -193,12 +171,10 @@ def _open(
             str(cache_dir) != "",
             f"{glob!r} is raw text: set data.cache_dir, where its token shards are to be kept",
         )
-        key = plan_fingerprint(glob, tokenizer, cfg.text_key)
+        key = plan_fingerprint(glob, tokenizer, cfg.keys)
         folder = Path(cache_dir) / f"tokens-{key[:16]}"
         if not (folder / shards.INDEX).is_file():
-            prepare(
-                glob, folder, tokenizer.name, text_key=cfg.text_key, workers=cfg.workers, progress=progress
-            )
+            prepare(glob, folder, tokenizer.name, text_key=cfg.keys, workers=cfg.workers, progress=progress)
         folders = [folder]
     elif len(folders) < len(paths):
         odd = next(p for p in paths if p.name != shards.INDEX and not _is_prepared(p))
@@ -245,12 +221,11 @@ class Loader:
     def __call__(self, step: int) -> Batch:
         rows_B = step * self.batch_size + self._rows
         found_B, draws_B = mixture.draw(rows_B, self._shares)
-        places = []
+        rows = []
         for s, k in zip(found_B.tolist(), draws_B.tolist(), strict=True):
-            places.append(
-                (s, mixture.permute(k, self.dataset.sources[s].plan.num_rows, self.dataset.seed, s))
-            )
-        return self.dataset.batch(places)
+            size = self.dataset.sources[s].plan.num_rows
+            rows.append(Row(s, mixture.permute(k, size, self.dataset.seed, s), k // size))
+        return self.dataset.batch(rows)
 
     def epochs(self, step: int) -> dict[str, float]:
         """How many times each source has been read, by glob, before step `step`."""
@@ -273,8 +248,8 @@ class EvalBatches:
     The rows are the same for every batch size; the last batch is filled up with rows of weight 0.
 
     Attributes:
-        num_tokens: targets, which is the sum of all weights.
-        num_bytes: UTF-8 bytes of the text, for bits per byte.
+        num_tokens: targets, which is the sum of all weights; None if it is not known beforehand.
+        num_bytes: UTF-8 bytes of the text, for bits per byte; None where there are no such bits.
         fingerprint: of the set and its rows.
     """
 
@@ -293,7 +268,8 @@ class EvalBatches:
     def __iter__(self) -> Iterator[Batch]:
         for first in range(0, self.dataset.num_rows, self.batch_size):
             rows = (first + self._rows).tolist()
-            yield self.dataset.batch([(0, r) if r < self.dataset.num_rows else (-1, 0) for r in rows])
+            inside = self.dataset.num_rows
+            yield self.dataset.batch([Row(0, r) if r < inside else Row(-1, 0) for r in rows])
 
 
 def eval_batches(
@@ -303,6 +279,7 @@ def eval_batches(
     *,
     cache_dir: str | Path = "",
     rows: Sequence[int] | None = None,
+    vocab_size: int = 0,
     progress: Progress | None = None,
 ) -> EvalBatches:
     """The eval set of `cfg`, with rows of cfg.seq_len packed as cfg.packing says.
@@ -311,8 +288,10 @@ def eval_batches(
         batch_size: rows of a batch over all hosts; 0 = cfg.batch_size. The result of an evaluation does not
             depend on it.
         rows: which rows of every batch to make; default all.
+        vocab_size: as for `make_dataset`.
     """
-    dataset = make_dataset(cfg, tokenizer, cache_dir=cache_dir, split="eval", progress=progress)
+    options = dict(cache_dir=cache_dir, vocab_size=vocab_size, progress=progress)
+    dataset = make_dataset(cfg, tokenizer, split="eval", **options)
     return EvalBatches(dataset, batch_size or cfg.batch_size, rows=rows)
 
 

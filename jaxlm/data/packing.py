@@ -67,12 +67,21 @@ class PadPlan:
         self._seq_len = seq_len
         self._row_ends = np.cumsum(-(-np.diff(starts_E) // seq_len))
         self.num_rows = int(self._row_ends[-1])
+        self.num_documents = len(self._row_ends)
         self.nbytes = self._starts.nbytes + self._row_ends.nbytes
 
-    def pieces(self, row: int) -> Sequence[tuple[int, int]]:
-        document = int(np.searchsorted(self._row_ends, row, side="right"))
+    def document(self, row: int) -> int:
+        """The document that a row is of."""
+        return int(np.searchsorted(self._row_ends, row, side="right"))
+
+    def rows_of(self, document: int) -> range:
+        """The rows of a document."""
         before = int(self._row_ends[document - 1]) if document else 0
-        start = int(self._starts[document]) + (row - before) * self._seq_len
+        return range(before, int(self._row_ends[document]))
+
+    def pieces(self, row: int) -> Sequence[tuple[int, int]]:
+        document = self.document(row)
+        start = int(self._starts[document]) + (row - self.rows_of(document).start) * self._seq_len
         return ((start, min(start + self._seq_len, int(self._starts[document + 1]))),)
 
 

@@ -74,7 +74,8 @@ def prepare(
         inputs: glob or globs, see `sources` for the formats.
         out_dir: folder of the shards; made if missing.
         tokenizer_spec: see `load_tokenizer`.
-        text_key: JSON field or Parquet column of the text.
+        text_key: JSON field or Parquet column of the text; two with a comma between them for pairs, which
+            become every other document.
         shard_tokens: about how many tokens a shard should hold, at 4 bytes of text per token (1 for 'byte').
             A document is never divided.
         workers: processes; 0 = one per core. They import neither JAX nor the caller's main module.
@@ -141,7 +142,7 @@ def _identity(files: list[Path], tokenizer: Tokenizer, text_key: str, shard_toke
         "dtype": shards.token_dtype(tokenizer.vocab_size).str,
         "text_key": text_key,
         "shard_tokens": shard_tokens,
-        "inputs": [_identify(file) for file in files],
+        "inputs": [_identify(part) for file in files for part in sources.parts(file, text_key)],
     }
 
 

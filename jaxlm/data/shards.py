@@ -184,6 +184,7 @@ class TokenStore:
         num_tokens: tokens, which are the targets, EOS included.
         num_documents: documents.
         num_bytes: UTF-8 bytes of the text.
+        text_keys: with which key each folder was prepared; with a comma in it, documents come in pairs.
         fingerprint: sha256 of the content (every shard's sha256, in order) and of the tokenizer's.
     """
 
@@ -208,6 +209,7 @@ class TokenStore:
                     f"{folder} was prepared with tokenizer {index['tokenizer']['name']!r}, but {folders[0]} "
                     f"with {self.tokenizer['name']!r}"
                 )
+        self.text_keys = tuple(index.get("text_key", "") for _, index in indexes)
         self.dtype = np.dtype(first["dtype"])
         self._shards = [(folder, entry) for folder, index in indexes for entry in index["shards"]]
         total = sum(entry["tokens"] for _, entry in self._shards) * self.dtype.itemsize

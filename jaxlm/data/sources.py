@@ -1,4 +1,4 @@
-"""Documents from files: plain text, JSON lines, Parquet and ArrayRecord, found by glob.
+"""Documents from files: plain text, JSON lines, tables, Parquet and ArrayRecord, found by glob.
 
 | suffix | documents | place of a document |
 |---|---|---|
@@ -7,12 +7,22 @@
 | .arrayrecord .array_record | one record each: a JSON object, or UTF-8 text where `text_key` is '' | record |
 | anything else, also .gz and .zst | the whole file, UTF-8 | 0 |
 
+With two keys, 'en,de', every record gives two documents, an input and its target, neither of them empty:
+
+| suffix | a pair | keys |
+|---|---|---|
+| .jsonl .parquet .arrayrecord | as above | two fields or columns |
+| .csv .tsv, also .gz, .zst | one row of a table | two names in its first row, or numbers from 0: no head |
+| anything else | a line, and the line of that number in the file beside | the second is its suffix, '.de' |
+
 Places run over [0, extent(path)), so that a file can be cut into ranges that are read apart: a range holds
 exactly the documents whose place lies in it.
 """
 
+import csv
 import glob as globbing
 import gzip
+import io
 import json
 import os
 import zlib
@@ -24,6 +34,7 @@ from jaxlm.errors import UserError, check, nearest
 
 _CHUNK = 1 << 20  # bytes read at once
 _JSON = (".jsonl", ".ndjson", ".json")
+_TABLES = {".csv": ",", ".tsv": "\t"}
 _ARRAY_RECORD = (".arrayrecord", ".array_record")
 
 
@@ -90,7 +101,7 @@ def text_size(path: Path, text_key: str) -> int:
             group.column(c).total_uncompressed_size
             for group in groups
             for c in range(group.num_columns)
-            if group.column(c).path_in_schema == text_key
+            if group.column(c).path_in_schema in text_key.split(",")
         )
     return path.stat().st_size * (4 if packed else 1)
 
@@ -108,11 +119,13 @@ def is_packed(path: Path) -> bool:
 def iter_documents(
     path: str | os.PathLike, text_key: str = "text", start: int = 0, stop: int | None = None
 ) -> Iterator[Document]:
-    """The documents of one file whose place lies in [start, stop), in order; empty ones are left out.
+    """The documents of one file whose place lies in [start, stop), in order.
+
+    Empty ones are left out; of a pair neither may be empty.
 
     Args:
         path: the file; its suffix says what it is.
-        text_key: the JSON field or Parquet column that holds the text.
+        text_key: the JSON field or Parquet column that holds the text, or two with a comma between them.
         start, stop: places, see the table above; stop None = to the end.
 
     Raises:
@@ -127,7 +140,44 @@ def iter_documents(
         "array_record": _read_array_record,
         "text": _read_text,
     }
-    return (document for document in read[kind](path, packed, text_key, start, stop) if document.text)
+    if "," not in text_key:
+        return (document for document in read[kind](path, packed, text_key, start, stop) if document.text)
+    if kind == "text":
+        read["text"] = _read_table if _delimiter(path) else _read_aligned
+    return map(_not_empty, read[kind](path, packed, text_key, start, stop))
+
+
+def _not_empty(document: Document) -> Document:
+    check(bool(document.text), f"{document.where}: one half of the pair is empty; remove the pair")
+    return document
+
+
+def parts(path: Path, text_key: str) -> list[Path]:
+    """The files that one input is made of: itself, and the one beside it that holds its targets.
+
+    Raises:
+        UserError: there is none beside it.
+    """
+    kind, packed = _format(path)
+    if "," not in text_key or kind != "text" or _delimiter(path):
+        return [path]
+    suffix = text_key.split(",")[1]
+    check(
+        suffix.startswith("."),
+        f"{path} is plain text: its targets are the lines of a file beside it, named by a suffix such as "
+        f"'.de', not by a field {suffix!r}",
+    )
+    beside = Path(str(path).removesuffix(packed)).with_suffix(suffix)
+    beside = beside.with_name(beside.name + packed)
+    if not beside.is_file():
+        raise UserError(
+            f"{path} has no file {beside.name!r} beside it{nearest(beside.name, _names(path.parent))}"
+        )
+    return [path, beside]
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
 
 
 def iter_all(globs: str | Sequence[str], text_key: str = "text") -> Iterator[Document]:
@@ -143,7 +193,7 @@ def _near(pattern: str) -> str:
         folder = folder.parent
     if not folder.is_dir():
         return f"; the folder {str(folder)!r} does not exist"
-    names = sorted(p.name for p in folder.iterdir())
+    names = _names(folder)
     guess = nearest(Path(pattern).name, names)
     if guess:
         return f" in {str(folder)!r}{guess}"
@@ -226,16 +276,66 @@ def _read_text(path: Path, packed: str, text_key: str, start: int, stop: int | N
         raise UserError(f"{path}:{line} is not UTF-8: {error.reason} at byte {error.start}") from error
 
 
+def _whole(path: Path, packed: str) -> str:
+    """The text of a whole file."""
+    return next(_read_text(path, packed, "", 0, None)).text
+
+
+def _read_aligned(path: Path, packed: str, text_key: str, start: int, stop: int | None) -> Iterator[Document]:
+    if start > 0 or stop == 0:
+        return
+    files = parts(path, text_key)
+    texts = [_whole(file, packed).removesuffix("\n").split("\n") for file in files]
+    if len(texts[0]) != len(texts[1]):
+        counts = " but ".join(
+            f"{file} has {len(lines)} lines" for file, lines in zip(files, texts, strict=True)
+        )
+        raise UserError(f"{counts}: line n of one must be line n of the other")
+    for number, pair in enumerate(zip(*texts, strict=True), 1):
+        for file, text in zip(files, pair, strict=True):
+            yield Document(text.removesuffix("\r"), f"{file}:{number}")
+
+
+def _delimiter(path: Path) -> str:
+    """What stands between the columns of a table; '' if the file is none."""
+    return next((_TABLES[s] for s in (s.lower() for s in path.suffixes[-2:]) if s in _TABLES), "")
+
+
+def _read_table(path: Path, packed: str, text_key: str, start: int, stop: int | None) -> Iterator[Document]:
+    if start > 0 or stop == 0:
+        return
+    keys = text_key.split(",")
+    plain = dict(quoting=csv.QUOTE_NONE) if _delimiter(path) == "\t" else {}
+    rows = csv.reader(io.StringIO(_whole(path, packed), newline=""), delimiter=_delimiter(path), **plain)
+    if all(key.isdigit() for key in keys):
+        columns = [int(key) for key in keys]
+    else:
+        head = next(rows, [])
+        missing = next((key for key in keys if key not in head), None)
+        if missing is not None:
+            names = ", ".join(map(repr, head[:8]))
+            raise UserError(
+                f"{path} has no column {missing!r} (its first row: {names}){nearest(missing, head)}; "
+                "name two of them, or give numbers from 0 if there is no head"
+            )
+        columns = [head.index(key) for key in keys]
+    for row in filter(None, rows):
+        where = f"{path}:{rows.line_num}"
+        check(max(columns) < len(row), f"{where} has {len(row)} columns, not {max(columns) + 1}")
+        yield from (Document(row[column], where) for column in columns)
+
+
 def _read_json(path: Path, packed: str, text_key: str, start: int, stop: int | None) -> Iterator[Document]:
     for offset, line in _lines(path, packed, start, stop):
         if not line.strip():
             continue
         try:
-            text = _field(json.loads(line), text_key)
+            texts = _fields(json.loads(line), text_key)
         except ValueError as error:  # JSON, UTF-8 and the messages of _field
             number = _line_number(path, packed, offset)
             raise UserError(f"{path}:{number} {_json_fault(error)}") from error
-        yield Document(text, f"{path} at byte {offset}")
+        for text in texts:
+            yield Document(text, f"{path} at byte {offset}")
 
 
 def _lines(path: Path, packed: str, start: int, stop: int | None) -> Iterator[tuple[int, bytes]]:
@@ -269,6 +369,16 @@ def _line_number(path: Path, packed: str, offset: int) -> int:
         if seen >= offset:
             break
     return number
+
+
+def _fields(record: Any, text_key: str) -> list[str]:
+    """The text of a JSON record, or its two texts, of which the second may be a number: a label."""
+    first, *second = text_key.split(",")
+    texts = [_field(record, first)]
+    for key in second:
+        label = record.get(key)
+        texts.append(str(label) if type(label) is int else _field(record, key))
+    return texts
 
 
 def _field(record: Any, text_key: str) -> str:
@@ -308,13 +418,14 @@ def _open_parquet(path: Path, text_key: str) -> Any:
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} is not a readable Parquet file: {error}") from error
     names = file.schema_arrow.names
-    if text_key not in names:
-        raise UserError(
-            f"{path} has no column {text_key!r} (its columns: {', '.join(names)}){nearest(text_key, names)}"
-        )
-    kind = file.schema_arrow.field(text_key).type
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        raise UserError(f"{path}: column {text_key!r} holds {kind}, not strings")
+    for key in text_key.split(","):
+        if key not in names:
+            raise UserError(
+                f"{path} has no column {key!r} (its columns: {', '.join(names)}){nearest(key, names)}"
+            )
+        kind = file.schema_arrow.field(key).type
+        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            raise UserError(f"{path}: column {key!r} holds {kind}, not strings")
     return file
 
 
@@ -322,18 +433,20 @@ def _read_parquet(path: Path, packed: str, text_key: str, start: int, stop: int 
     file = _open_parquet(path, text_key)
     import pyarrow
 
+    keys = text_key.split(",")
     first = 0  # row where the group begins
     for g in range(file.metadata.num_row_groups):
         rows = file.metadata.row_group(g).num_rows
         if first + rows > start and (stop is None or first < stop):
             row = first
             try:
-                for batch in file.iter_batches(batch_size=1024, row_groups=[g], columns=[text_key]):
-                    for text in batch.column(0).to_pylist():
+                for batch in file.iter_batches(batch_size=1024, row_groups=[g], columns=keys):
+                    for texts in zip(*(batch.column(key).to_pylist() for key in keys), strict=True):
                         if row >= start and (stop is None or row < stop):
-                            if text is None:
-                                raise UserError(f"{path} row {row}: {text_key!r} is null")
-                            yield Document(text, f"{path} row {row}")
+                            for key, text in zip(keys, texts, strict=True):
+                                if text is None:
+                                    raise UserError(f"{path} row {row}: {key!r} is null")
+                                yield Document(text, f"{path} row {row}")
                         row += 1
             except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
                 raise UserError(f"{path} is corrupt near row {row}: {error}") from error
@@ -368,8 +481,8 @@ def _read_array_record(
             raise UserError(f"{path} is corrupt near record {first}: {error}") from error
         for number, record in enumerate(records, first):
             try:
-                text = _field(json.loads(record), text_key) if text_key else record.decode()
+                texts = _fields(json.loads(record), text_key) if text_key else [record.decode()]
             except ValueError as error:
                 hint = "" if isinstance(error, UserError) else "; set text_key='' for records of plain text"
                 raise UserError(f"{path} record {number} {_json_fault(error)}{hint}") from error
-            yield Document(text, f"{path} record {number}")
+            yield from (Document(text, f"{path} record {number}") for text in texts)

@@ -55,6 +55,10 @@ class Tokenizer(Protocol):
         """How one token is written, for people."""
         ...
 
+    def token_id(self, piece: str) -> int | None:
+        """The id of the token that is written so, such as '[MASK]'; None if there is none."""
+        ...
+
     @property
     def token_bytes(self) -> Float[np.ndarray, "V"]:
         """The number of UTF-8 bytes that each token stands for; special tokens 0."""
@@ -87,6 +91,9 @@ class ByteTokenizer:
 
     def piece(self, token: int) -> str:
         return "<eos>" if token == 0 else chr(token) if 32 < token < 127 else f"<0x{token:02X}>"
+
+    def token_id(self, piece: str) -> int | None:
+        return next((i for i in range(256) if self.piece(i) == piece), None)
 
     @functools.cached_property
     def token_bytes(self) -> Float[np.ndarray, "V"]:
@@ -160,6 +167,10 @@ class SentencePieceTokenizer:
 
     def piece(self, token: int) -> str:
         return self._sp.id_to_piece(int(token))
+
+    def token_id(self, piece: str) -> int | None:
+        token = self._sp.piece_to_id(piece)
+        return token if self._sp.id_to_piece(token) == piece else None
 
     @functools.cached_property
     def token_bytes(self) -> Float[np.ndarray, "V"]:
@@ -254,6 +265,9 @@ class HFTokenizer:
 
     def piece(self, token: int) -> str:
         return self._hf.id_to_token(int(token)) or f"<unused {token}>"
+
+    def token_id(self, piece: str) -> int | None:
+        return self._hf.token_to_id(piece)
 
     @functools.cached_property
     def token_bytes(self) -> Float[np.ndarray, "V"]:

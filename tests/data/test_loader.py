@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxlm.data import loader as loader_module
+from jaxlm.data.formats import Row
 from jaxlm.data.loader import DataConfig, Dataset, EvalBatches, Loader, eval_batches, make_dataset, prefetch
 from jaxlm.data.packing import PACKINGS, Batch
 from jaxlm.data.prepare import prepare
@@ -110,7 +111,7 @@ def test_mixture_draws_rows_by_weight(mixed: DataConfig, cache: Path):
     data = dataset(mixed, cache)
     alone = [dataset(dataclasses.replace(mixed, train=glob), cache) for glob, _ in mixed.train]
     rows_of = [
-        {tuple(r) for r in d.batch([(0, row) for row in range(d.num_rows)])["targets"].tolist()}
+        {tuple(r) for r in d.batch([Row(0, row) for row in range(d.num_rows)])["targets"].tolist()}
         for d in alone
     ]
     assert not rows_of[0] & rows_of[1]
