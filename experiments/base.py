@@ -31,8 +31,12 @@ def get_config(size: str = "full") -> ConfigDict:
     model.model_dim = 128  # D
     model.mlp_dim = 0  # F, width of a dense MLP; 0 = 4 D
     model.mlp_pattern = ("dense",)  # one period of layers, each 'dense' or 'moe'
+    # so many first layers have a dense MLP; mlp_pattern begins after them (DeepSeek)
+    model.first_dense = 0
     model.activation = "swiglu"  # name in jaxlm.model.layers.ACTIVATIONS
     model.mlp_bias = False  # biases in the dense MLPs
+    # c: gated MLPs become act(min(g, c)) (clip(h, -c, c) + 1); 0 = off (GPT-OSS: 7)
+    model.gate_limit = 0.0
     model.norm = "rmsnorm"  # rmsnorm | layernorm
     model.norm_eps = 1e-06  # added to the variance
     model.norm_offset = False  # norms multiply by 1 + scale (Gemma)
@@ -86,13 +90,21 @@ def get_config(size: str = "full") -> ConfigDict:
     model.attention.tile_k = 0  # splash: keys of a tile, likewise
     model.attention.context = "gather"  # over columns that mesh.sequence splits: gather | ring | ulysses
 
+    # R, numbers a token from which keys and values of all heads are made; 0 = plain attention
+    model.attention.latent.kv_rank = 0
+    model.attention.latent.q_rank = 0  # likewise of the queries; 0 = they are made of the stream itself
+    model.attention.latent.nope_dim = 0  # of a query or key head, does not rotate
+    model.attention.latent.rope_dim = 0  # of a query head, rotates; the keys of all heads share theirs
+    model.attention.latent.value_dim = 0  # of a value head
+    model.attention.latent.norm_eps = 1e-06  # of the norms of both ranks
+
     model.position.kind = "rope"  # rope | alibi | learned | sinusoidal | t5 | none
     model.position.theta = 10000.0  # RoPE base: pair i turns theta ** (-2 i / R) radians per token
     model.position.local_theta = 0.0  # RoPE base of local layers, then not scaled; 0 = as global layers
     model.position.fraction = 1.0  # leading share of head_dim that rotates (partial RoPE)
     # pairs are (0, 1), (2, 3).. as in GPT-J; default pairs are (i, i + R/2)
     model.position.interleaved = False
-    model.position.scaling = "none"  # context extension: none | linear | ntk | yarn | llama3
+    model.position.scaling = "none"  # none | linear | ntk | dynamic | yarn | llama3 | longrope
     model.position.factor = 1.0  # context extension ratio, >= 1
     model.position.original_length = 0  # tokens of context before extension (yarn, llama3)
     # llama3: wavelengths above original_length / this are fully interpolated
@@ -101,6 +113,9 @@ def get_config(size: str = "full") -> ConfigDict:
     model.position.beta_fast = 32.0  # yarn: pairs with more turns than this in original_length are left alone
     model.position.beta_slow = 1.0  # yarn: pairs with fewer turns than this are fully interpolated
     model.position.beta_round = True  # yarn: the pairs of these numbers of turns are rounded outwards
+    # longrope: what each pair's frequency is divided by, and from more than original_length positions on
+    model.position.short_factors = ()
+    model.position.long_factors = ()
     model.position.attention_factor = 0.0  # multiplies cos and sin; 0 = by formula (yarn: 0.1 ln factor + 1)
     model.position.max_length = 0  # positions in the learned table
     model.position.offset = 0  # learned: row of position 0 (OPT: 2)
@@ -117,8 +132,14 @@ def get_config(size: str = "full") -> ConfigDict:
     model.moe.expert_dim = 0  # width of each expert; 0 = mlp_dim
     model.moe.shared_experts = 0  # experts that every token passes through, each expert_dim wide
     model.moe.shared_dim = 0  # width of all shared experts together; 0 = shared_experts times an expert's
+    model.moe.bias = False  # biases on the router's logits and on the experts' projections (GPT-OSS)
     model.moe.shared_gate = False  # their output times sigmoid(x w), a number per token (Qwen2-MoE)
     model.moe.router = "softmax"  # scores: softmax over experts | sigmoid of each (DeepSeek-V3)
+    # equal groups of neighbouring experts, of which a token may use the best `top_groups`
+    model.moe.groups = 1
+    model.moe.top_groups = 1  # those with the largest scores (DeepSeek-V2: n_group, topk_group)
+    # a group's score is the sum of its so many best experts' (DeepSeek-V3: 2)
+    model.moe.group_best = 1
     model.moe.normalize = True  # weights of the chosen experts sum to 1 (times routed_scale)
     model.moe.routed_scale = 1.0  # multiplies the weights
     model.moe.dispatch = "dropless"  # dropless | capacity
@@ -163,7 +184,7 @@ def get_config(size: str = "full") -> ConfigDict:
     optim.momentum = 0.95  # SGD (heavy ball, 0 = none) and Muon (Nesterov)
     optim.weight_decay = 0.1  # decoupled: each update subtracts lr * multiplier * weight_decay * parameter
     # leaves that are not decayed; leaves of fewer than two dimensions never are
-    optim.no_decay = r"(^|/)(scale|bias|sinks|router_bias|b[qkvo]|b_\w+|\w*norm)$|(^|/)position_bias/"
+    optim.no_decay = r"(^|/)(scale|bias|sinks|router_b(ias)?|b[qkvo]|b_\w+|\w*norm)$|(^|/)position_bias/"
     optim.clip_norm = 1.0  # largest global gradient norm; 0 = no clipping
     optim.multipliers = ()  # (regex, factor) pairs on the learning rate; all that match multiply
     optim.ema = 0.0  # decay of an average of the parameters kept beside them; 0 = none

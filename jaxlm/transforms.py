@@ -19,7 +19,7 @@ from jaxlm.tree import combine, map_named, partition
 Transform = optax.GradientTransformation
 
 # Gains, offsets and other per-channel leaves: no matrices, however many dimensions they have.
-VECTORS = r"(^|/)(scale|bias|sinks|router_bias|b[qkvo]|b_\w+|\w*norm)$|(^|/)position_bias/"
+VECTORS = r"(^|/)(scale|bias|sinks|router_b(ias)?|b[qkvo]|b_\w+|\w*norm)$|(^|/)position_bias/"
 
 
 # --- Names ---
@@ -44,7 +44,7 @@ def matrix_axes(name: str, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...]]
     if re.search(VECTORS, name) or ndim - stacked(name) < 2:
         return None
     leaf = name.rsplit("/", 1)[-1]
-    if leaf in ("wq", "wk", "wv"):
+    if leaf in ("wq", "wk", "wv", "wq_up", "wk_up", "wv_up"):
         return (-3,), (-2, -1)
     if leaf == "wo":
         return (-3, -2), (-1,)

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from jaxlm.model import transformer as tf
-from jaxlm.model.attention import AttentionConfig
+from jaxlm.model.attention import AttentionConfig, LatentConfig
 from jaxlm.model.context_parallel import CONTEXTS
 from jaxlm.model.moe import MoEConfig
 from jaxlm.objectives.lm import LossConfig, make_lm_objective
@@ -64,6 +64,19 @@ MODELS = {
     ),
     "dropless": dataclasses.replace(
         DENSE, mlp_pattern=("dense", "moe"), moe=dataclasses.replace(EXPERTS, shared_experts=1)
+    ),
+    "latent": dataclasses.replace(
+        DENSE,
+        num_layers=3,
+        first_dense=1,
+        mlp_pattern=("moe",),
+        activation="quick_geglu",
+        gate_limit=1.0,
+        moe=dataclasses.replace(EXPERTS, router="sigmoid", groups=2, group_best=2, bias=True),
+        attention=AttentionConfig(
+            num_heads=4, qkv_bias=True, out_bias=True, sinks=True, backend="reference",
+            latent=LatentConfig(kv_rank=8, q_rank=8, nope_dim=4, rope_dim=4, value_dim=6),
+        ),
     ),
 }  # fmt: skip
 
@@ -120,6 +133,7 @@ FAST = {
     ("dense", "fsdp4_tensor2"),
     ("gqa_window", "data2_ring2_tensor2"),
     ("capacity", "fsdp2_tensor2_expert2"),
+    ("latent", "fsdp2_tensor2_expert2"),
 }
 
 
@@ -129,7 +143,7 @@ def fits(cfg: tf.TransformerConfig, mesh: MeshConfig, context: str) -> bool:
     return (
         (mesh.expert == 1 or routed)
         and (context != "ring" or not routed or cfg.moe.dispatch != "capacity")
-        and cfg.num_layers // cfg.period % mesh.pipe == 0
+        and cfg.repeats % mesh.pipe == 0
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxlm.errors import UserError, check, check_choice
 from jaxlm.hf.packing import Packing
-from jaxlm.model.attention import AttentionConfig
+from jaxlm.model.attention import AttentionConfig, LatentConfig
 from jaxlm.model.config import ReadoutConfig, TransformerConfig
 from jaxlm.model.moe import MoEConfig
 from jaxlm.model.positions import PositionConfig
@@ -71,6 +71,7 @@ class Family:
 
 GROUPS = {
     "attention": AttentionConfig,
+    "attention.latent": LatentConfig,
     "position": PositionConfig,
     "moe": MoEConfig,
     "readout": ReadoutConfig,
@@ -91,6 +92,8 @@ def config_of(fields: Fields) -> TransformerConfig:
     for name, value in fields.items():
         group, _, field = name.rpartition(".")
         (groups[group] if group else top)[field] = value
+    if latent := groups.pop("attention.latent"):
+        groups["attention"]["latent"] = LatentConfig(**latent)
     return TransformerConfig(**top, **{name: GROUPS[name](**values) for name, values in groups.items()})
 
 
@@ -101,8 +104,8 @@ def canonical(cfg: TransformerConfig) -> TransformerConfig:
         known = {field.name: field.default for field in dataclasses.fields(part)}
         return {name: known[name] for name in _EXECUTION[group].split() if name in known}
 
-    def period(pattern: tuple[str, ...]) -> tuple[str, ...]:
-        return shortest([pattern[i % len(pattern)] for i in range(cfg.num_layers)])
+    def period(pattern: tuple[str, ...], layers: int = cfg.num_layers) -> tuple[str, ...]:
+        return shortest([pattern[i % len(pattern)] for i in range(layers)])
 
     attention = dataclasses.replace(
         cfg.attention,
@@ -120,7 +123,7 @@ def canonical(cfg: TransformerConfig) -> TransformerConfig:
         readout=readout if readout.classes or readout.dense else ReadoutConfig(),
         moe=dataclasses.replace(cfg.moe, **defaults(cfg.moe, "moe")),
         mlp_dim=cfg.mlp_width,
-        mlp_pattern=period(cfg.mlp_pattern),
+        mlp_pattern=period(cfg.mlp_pattern, cfg.num_layers - cfg.first_dense),
         **defaults(cfg, ""),
     )
 

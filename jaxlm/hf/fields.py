@@ -45,7 +45,8 @@ def activation_name(cfg: TransformerConfig, table: Mapping[str, str]) -> str:
 
 
 # Their type of scaling -> ours.
-_TYPES = {"default": "none", "linear": "linear", "dynamic": "dynamic", "yarn": "yarn", "llama3": "llama3"}
+_TYPES = {"default": "none"}
+_TYPES |= {kind: kind for kind in ("linear", "dynamic", "yarn", "llama3", "longrope")}
 # Their constant -> ours, by type.
 _CONSTANTS = {
     "linear": {"factor": "factor"},
@@ -56,6 +57,13 @@ _CONSTANTS = {
         "high_freq_factor": "high_freq_factor",
         "original_max_position_embeddings": "original_length",
     },
+    "longrope": {
+        "factor": "factor",
+        "original_max_position_embeddings": "original_length",
+        "short_factor": "short_factors",
+        "long_factor": "long_factors",
+        "attention_factor": "attention_factor",
+    },
     "yarn": {
         "factor": "factor",
         "original_max_position_embeddings": "original_length",
@@ -64,6 +72,12 @@ _CONSTANTS = {
         "truncate": "beta_round",
         "attention_factor": "attention_factor",
     },
+}
+_FORMS = {  # of constants that are no floats
+    "original_length": int,
+    "beta_round": bool,
+    "short_factors": lambda x: tuple(map(float, x)),
+    "long_factors": lambda x: tuple(map(float, x)),
 }
 
 
@@ -89,11 +103,12 @@ def rope(hf: HFConfig, *, layers: str = "full_attention", fraction: str = "parti
     constants = _CONSTANTS.get(kind, {})
     for theirs, ours in constants.items():
         if scaling.get(theirs) is not None:
-            value = scaling[theirs]
-            whole = ours in ("original_length",)
-            fields[ours] = value if isinstance(value, bool) else int(value) if whole else float(value)
-    if kind in ("yarn", "dynamic") and not fields.get("original_length"):
-        fields["original_length"] = int(hf["max_position_embeddings"])
+            fields[ours] = _FORMS.get(ours, float)(scaling[theirs])
+    if kind in ("yarn", "dynamic", "longrope") and not fields.get("original_length"):
+        length = hf.get("original_max_position_embeddings") or hf["max_position_embeddings"]
+        fields["original_length"] = int(length)
+    if kind in ("yarn", "longrope") and "factor" not in fields:
+        fields["factor"] = hf["max_position_embeddings"] / fields["original_length"]
     weights = scaling.get("mscale"), scaling.get("mscale_all_dim")
     if kind == "yarn" and all(weights) and scaling.get("attention_factor") is None:
         over, under = (0.1 * w * math.log(fields["factor"]) + 1.0 for w in weights)

@@ -14,6 +14,7 @@ from jaxlm.errors import UserError, check
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+PACKED = "mxfp4"  # the quantisation that can be read, see jaxlm.hf.mxfp4
 # What travels with the weights so that texts become ids and ids texts.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -99,7 +100,13 @@ def open_folder(folder: Path) -> Iterator[Source]:
                 where[name], shapes[name] = file, tuple(part.get_shape())
                 dtypes[part.get_dtype()] = dtypes.get(part.get_dtype(), 0) + int(np.prod(shapes[name]))
         names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-        most = max(dtypes, key=dtypes.__getitem__, default="F32")
+        method = (config.get("quantization_config") or {}).get("quant_method")
+        check(
+            method in (None, PACKED),
+            f"{folder}: weights quantised by {method!r} are not read, only {PACKED!r}; save them in bfloat16",
+        )
+        others = {kind: n for kind, n in dtypes.items() if not (kind == "U8" and method == PACKED)}
+        most = max(others, key=others.__getitem__, default="F32")
         check(most in names, f"{folder}: tensors of type {most} cannot be read, only {', '.join(names)}")
         yield Source(folder, config, shapes, names[most], lambda name: where[name].get_tensor(name))
 

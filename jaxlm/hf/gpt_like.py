@@ -88,8 +88,9 @@ _MASKS = (r"\.attn\.(masked_)?bias$", r"\.attn\.attention\.(masked_)?bias$")
 
 
 def _gpt2(hf: HFConfig) -> Fields:
-    refuse(hf, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
+    refuse(hf, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
     return {
+        "attention.scale": 0.0 if hf.get("scale_attn_weights", True) else 1.0,
         **LAYERNORM,
         **biases(True),
         **learned(hf["n_positions"]),
@@ -101,6 +102,7 @@ def _gpt2_keys(cfg: TransformerConfig) -> dict[str, Any]:
     return {
         "n_positions": cfg.position.max_length,
         "n_inner": cfg.mlp_width,
+        "scale_attn_weights": cfg.attention.scale != 1.0,
         "activation_function": activation_name(cfg, PLAIN),
     }
 

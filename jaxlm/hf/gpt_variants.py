@@ -17,10 +17,10 @@ def _opt(hf: HFConfig) -> Fields:
         raise UserError("config.json: do_layer_norm_before=False (OPT-350m) is not supported")
     same_width = hf.get("word_embed_proj_dim", hf["hidden_size"])
     refuse({"word_embed_proj_dim": same_width}, word_embed_proj_dim=hf["hidden_size"])
-    refuse(hf, enable_bias=True, layer_norm_elementwise_affine=True, _remove_final_layer_norm=False)
+    refuse(hf, _remove_final_layer_norm=False)
     return {
-        **LAYERNORM,
-        **biases(True),
+        "norm": "layernorm" if hf["layer_norm_elementwise_affine"] else "layernorm_plain",
+        **biases(hf["enable_bias"]),
         **learned(hf["max_position_embeddings"], offset=2),
         **activation(hf, "activation_function", PLAIN),
         "norm_eps": 1e-5,
@@ -31,6 +31,8 @@ def _opt_keys(cfg: TransformerConfig) -> dict[str, Any]:
     return {
         "max_position_embeddings": cfg.position.max_length,
         "word_embed_proj_dim": cfg.model_dim,
+        "enable_bias": cfg.mlp_bias,
+        "layer_norm_elementwise_affine": cfg.norm == "layernorm",
         "activation_function": activation_name(cfg, PLAIN),
     }
 
@@ -163,6 +165,8 @@ FAMILIES = (
             **TIED,
             "activation_function": "relu",
             "do_layer_norm_before": True,
+            "enable_bias": True,
+            "layer_norm_elementwise_affine": True,
             "max_position_embeddings": 2048,
         },
     ),

@@ -130,8 +130,9 @@ def _cohere_keys(cfg: TransformerConfig) -> dict[str, Any]:
 
 
 def _phi(hf: HFConfig) -> Fields:
-    refuse(hf, qk_layernorm=False)
+    over = {"attention.qk_norm": True, "attention.qk_norm_kind": "layernorm"}
     return {
+        **(over if hf["qk_layernorm"] else {}),
         **rope(hf),
         **activation(hf, "hidden_act", PLAIN),
         **{"attention.qkv_bias": True, "attention.out_bias": True, "mlp_bias": True},
@@ -223,15 +224,22 @@ FAMILIES = (
         "phi",
         "PhiForCausalLM",
         _phi,
-        lambda cfg: {**rope_keys(cfg), "hidden_act": activation_name(cfg, PLAIN)},
+        lambda cfg: {
+            **rope_keys(cfg),
+            "hidden_act": activation_name(cfg, PLAIN),
+            "qk_layernorm": cfg.attention.qk_norm,
+        },
         keys=_LAYERNORM_KEYS,
         defaults={
             **DEFAULTS,
             "layer_norm_eps": 1e-5,
             "partial_rotary_factor": 0.5,
             "hidden_act": "gelu_new",
+            "qk_layernorm": False,
         },
         tensors={
+            **{f"{LAYER}self_attn.{x}_layernorm.weight": same(f"{x}_norm/scale") for x in "qk"},
+            **{f"{LAYER}self_attn.{x}_layernorm.bias": same(f"{x}_norm/bias") for x in "qk"},
             **{name: packing for name, packing in OUTSIDE.items() if "norm" not in name},
             **{name: packing for name, packing in ATTENTION.items() if "o_proj" not in name},
             **NORMS,

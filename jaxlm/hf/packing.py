@@ -62,6 +62,31 @@ def head_rows(leaf: str) -> Packing:
     )
 
 
+def alternating(first: str, second: str) -> Packing:
+    """Two leaves in one tensor, of whose last dimension every other number is the second's."""
+
+    def write(cfg: TransformerConfig, xp: Any, leaves: Sequence[Array]) -> Array:
+        a, b = leaves
+        return xp.stack([a, b], axis=-1).reshape(*a.shape[:-1], -1)
+
+    return Packing((first, second), lambda cfg, t, shapes: [t[..., ::2], t[..., 1::2]], write)
+
+
+def split_heads(first: str, second: str) -> Packing:
+    """Matrices [R, N, ...] stored as one [out, in], a head's part of the first before that of the second."""
+
+    def read(cfg: TransformerConfig, t: Array, shapes: Sequence[Shape]) -> list[Array]:
+        rank, heads, width = shapes[0]
+        t = t.T.reshape(rank, heads, -1)
+        return [t[..., :width], t[..., width:]]
+
+    def write(cfg: TransformerConfig, xp: Any, leaves: Sequence[Array]) -> Array:
+        joined = xp.concatenate(leaves, axis=-1)
+        return joined.reshape(joined.shape[0], -1).T
+
+    return Packing((first, second), read, write)
+
+
 def joined_qkv(*, bias: bool = False, torch: bool = True, grouped: bool = False) -> Packing:
     """Queries, keys and values in one matrix or one bias.
 

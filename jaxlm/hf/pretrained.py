@@ -19,6 +19,7 @@ from jaxlm.hf.families import family_of
 from jaxlm.hf.family import Family, read_config, write_config
 from jaxlm.hf.files import Source, open_folder, write_folder
 from jaxlm.hf.gguf_files import open_gguf
+from jaxlm.hf.mxfp4 import unpacked
 from jaxlm.hf.transfer import read_params, tensors_of
 from jaxlm.model import heads, transformer
 from jaxlm.model.activations import activations
@@ -40,7 +41,7 @@ def open_checkpoint(path: str | Path) -> Iterator[Source]:
         raise UserError(f"{path} is neither a folder with config.json and safetensors nor a .gguf file")
     check(path.exists(), f"{path} does not exist")
     with open_folder(path) if path.is_dir() else open_gguf(path) as source:
-        yield source
+        yield unpacked(source) if source.config.get("quantization_config") else source
 
 
 def load(
@@ -82,16 +83,15 @@ def save(model: "Pretrained", folder: str | Path, *, dtype: str = "") -> None:
     Raises:
         UserError: the family cannot express the model.
     """
-    dtype = dtype or model.cfg.param_dtype
     config = write_config(model.family, model.cfg, model.config)
     spelling = "torch_dtype" if "torch_dtype" in config else "dtype"
     prefix = model.family.prefix if config["architectures"][0] in model.family.bare else ""
     tensors = tensors_of(model.cfg, model.family.topped(config), model.params, dtype=dtype)
     write_folder(
         Path(folder),
-        {**config, spelling: dtype},
+        {**config, spelling: dtype or model.cfg.param_dtype},
         {name.removeprefix(prefix): (shape, make) for name, shape, make in tensors},
-        itemsize=np.dtype(dtype).itemsize,
+        itemsize=np.dtype(dtype or model.cfg.param_dtype).itemsize,
     )
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import re
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import jax
@@ -43,16 +42,13 @@ def layout_of(cfg: TransformerConfig, family: Family) -> dict[str, Entry]:
     """Every tensor that a checkpoint of this model holds, in the order of the layers."""
     leaves = dict(named_leaves(transformer.abstract_params(cfg)))
     table, entries, used = family.table(cfg), {}, set()
-    P = cfg.period
-    repeats = cfg.num_layers // P
     for pattern, packing in table.items():
         for i in range(cfg.num_layers) if "{i}" in pattern else (None,):
             layer = None
             where = ""
             if i is not None:
-                stacked = i < repeats * P
-                where = f"blocks/{i % P}/" if stacked else f"tail/{i - repeats * P}/"
-                layer = i // P if stacked else None
+                where, layer = cfg.place(i)
+                where += "/"
             paths = [_find(where, leaf, leaves) for leaf in packing.leaves]
             if None in paths:
                 continue
@@ -180,14 +176,18 @@ def read_params(
             ),
             abstract,
         )
-    shardings = tree_shardings(layout, abstract, transformer.AXES)
-    return map_named(
-        lambda path, leaf, sharding: jax.make_array_from_callback(
-            leaf.shape, sharding, partial(piece, path, leaf)
-        ),
-        abstract,
-        shardings,
-    )
+
+    def spread(path: str, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
+        devices: dict[Any, list[tuple[jax.Device, tuple[slice, ...]]]] = {}
+        for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+            devices.setdefault(str(index), []).append((device, index))
+        arrays = []
+        for same in devices.values():  # a part is on its devices before the next is made
+            x = piece(path, leaf, same[0][1])
+            arrays += [jax.block_until_ready(jax.device_put(x, device)) for device, _ in same]
+        return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
+
+    return map_named(spread, abstract, tree_shardings(layout, abstract, transformer.AXES))
 
 
 def _in_dtype(x: np.ndarray, dtype: Any) -> np.ndarray:
@@ -195,9 +195,12 @@ def _in_dtype(x: np.ndarray, dtype: Any) -> np.ndarray:
 
 
 def tensors_of(
-    cfg: TransformerConfig, family: Family, params: transformer.Params, *, dtype: str
+    cfg: TransformerConfig, family: Family, params: transformer.Params, *, dtype: str = ""
 ) -> Iterator[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]]:
-    """`(name, shape, function that makes it)` of every tensor; the inverse of `read_params`."""
+    """`(name, shape, function that makes it)` of every tensor; the inverse of `read_params`.
+
+    With a `dtype` all are of that one, else each is as it is kept.
+    """
     leaves = dict(named_leaves(params))
     for name, entry in layout_of(cfg, family).items():
 
@@ -207,6 +210,7 @@ def tensors_of(
                 leaf = leaves[slot.path] if slot.layer is None else leaves[slot.path][slot.layer]
                 x = np.asarray(leaf)
                 parts.append(x if slot.part is None else x.reshape(-1, *shape)[slot.part])
-            return np.asarray(entry.packing.write(cfg, np, parts)).astype(dtype, copy=False)
+            whole = np.asarray(entry.packing.write(cfg, np, parts))
+            return whole.astype(dtype, copy=False) if dtype else whole
 
         yield name, entry.shape, make

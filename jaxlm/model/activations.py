@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlm.model.attention import Attention
 from jaxlm.model.config import TransformerConfig
+from jaxlm.model.latent_attention import LatentAttention
 from jaxlm.model.layers import MLP
 from jaxlm.model.moe import MoE
 from jaxlm.model.transformer import Params, blocks_of, embed, last_norm, make_context, unembed
@@ -41,15 +42,14 @@ def activations(
     ctx = dataclasses.replace(ctx, ordered=ordered)
     x_BTD = embed(cfg, params, tokens_BT, positions_BT, types_BT)
     seen: dict[str, Any] = {"embedding": x_BTD, "attention": [], "mlp": [], "residual": []}
-    branch = lambda module, _: isinstance(module, Attention | MLP | MoE)  # noqa: E731
-    blocks, P = blocks_of(cfg), cfg.period
-    repeats = cfg.num_layers // P
-    for i in range(cfg.num_layers):
-        if i < repeats * P:
-            params_l = jax.tree.map(lambda a, i=i: a[i // P], params["blocks"][str(i % P)])
-        else:
-            params_l = params["tail"][str(i - repeats * P)]
-        (x_BTD, _, _), captured = blocks[i % P].apply(
+    branch = lambda module, _: isinstance(module, Attention | LatentAttention | MLP | MoE)  # noqa: E731
+    for i, block in enumerate(blocks_of(cfg)):
+        where, row = cfg.place(i)
+        part, key = where.split("/")
+        params_l = params[part][key]
+        if row is not None:
+            params_l = jax.tree.map(lambda a, row=row: a[row], params_l)
+        (x_BTD, _, _), captured = block.apply(
             {"params": params_l}, x_BTD, ctx, capture_intermediates=branch, mutable=["intermediates"]
         )
         outputs = {name: calls["__call__"][0] for name, calls in captured["intermediates"].items()}

@@ -23,6 +23,41 @@ KINDS = ("global", "local", "nope")  # nope: sees everything, and its heads are 
 
 
 @dataclasses.dataclass(frozen=True)
+class LatentConfig:
+    """Sizes of multi-head latent attention, see jaxlm.model.latent_attention."""
+
+    kv_rank: int = (
+        0  # R, numbers a token from which keys and values of all heads are made; 0 = plain attention
+    )
+    q_rank: int = 0  # likewise of the queries; 0 = they are made of the stream itself
+    nope_dim: int = 0  # of a query or key head, does not rotate
+    rope_dim: int = 0  # of a query head, rotates; the keys of all heads share theirs
+    value_dim: int = 0  # of a value head
+    norm_eps: float = 1e-6  # of the norms of both ranks
+
+    def __post_init__(self) -> None:
+        for name in ("kv_rank", "q_rank", "nope_dim", "rope_dim", "value_dim"):
+            size = getattr(self, name)
+            check(size >= 0, f"model.attention.latent.{name}={size} must not be negative")
+            check(
+                self.kv_rank > 0 or size == 0,
+                f"model.attention.latent.{name}={size} without latent attention: set "
+                "model.attention.latent.kv_rank",
+            )
+        for name in ("nope_dim", "rope_dim", "value_dim"):
+            size = getattr(self, name)
+            check(
+                self.kv_rank == 0 or size > 0,
+                f"model.attention.latent.{name}={size} must be positive with kv_rank={self.kv_rank}",
+            )
+
+    @property
+    def key_dim(self) -> int:
+        """Of a query or key head."""
+        return self.nope_dim + self.rope_dim
+
+
+@dataclasses.dataclass(frozen=True)
 class AttentionConfig:
     """Heads, pattern and variations of the attention layers."""
 
@@ -44,8 +79,11 @@ class AttentionConfig:
     tile_q: int = 0  # splash: queries of a tile, a multiple of 128; 0 = by rule
     tile_k: int = 0  # splash: keys of a tile, likewise
     context: str = "gather"  # over columns that mesh.sequence splits: gather | ring | ulysses
+    latent: LatentConfig = LatentConfig()  # keys and values from a narrow vector a token (DeepSeek-V2)
 
     def __post_init__(self) -> None:
+        if self.latent.kv_rank:
+            self._check_latent()
         check(self.num_heads >= 1, f"model.attention.num_heads={self.num_heads} must be at least 1")
         check(
             self.num_kv_heads >= 0 and (self.num_kv_heads == 0 or self.num_heads % self.num_kv_heads == 0),
@@ -74,6 +112,16 @@ class AttentionConfig:
                 f"model.attention.{name}={size} must be a multiple of 128, or 0 for the backend's own rule",
             )
         check_choice(self.context, CONTEXTS, "model.attention.context")
+
+    def _check_latent(self) -> None:
+        wanted = {"num_kv_heads": (0, self.num_heads), "head_dim": (0, self.latent.key_dim)}
+        for name, values in {**wanted, "qk_norm": (False,), "clip_qkv": (0.0,)}.items():
+            given = getattr(self, name)
+            check(
+                given in values,
+                f"model.attention.{name}={given!r} with model.attention.latent.kv_rank="
+                f"{self.latent.kv_rank}: latent attention has only {' or '.join(map(repr, values))}",
+            )
 
     @property
     def kv_heads(self) -> int:
@@ -174,32 +222,14 @@ class Attention(nn.Module):
                 causal=False,
             )
         elif cache is None:
-            mask = Mask(
-                ctx.positions_BT,
-                ctx.positions_BT,
-                ctx.segments_BT,
-                ctx.segments_BT,
-                self.causal,
-                self.window,
-                ctx.allowed_BTS,
-                ordered=ctx.ordered,
-            )
+            mask = own_mask(ctx, self.causal, self.window)
         else:
-            k_BSKH, v_BSKH, mask, cache = self._through_cache(k_BSKH, v_BSKH, ctx, cache)
+            k_BSKH, v_BSKH, mask, cache = through_cache(k_BSKH, v_BSKH, ctx, cache, self.causal, self.window)
 
         sinks_N = self.param("sinks", nn.initializers.zeros, (N,), self.param_dtype) if cfg.sinks else None
-        bias = ctx.bias(mask.q_positions_BT, mask.k_positions_BS) if ctx.bias and not self.cross else None
-        # The parameters do not depend on the kernel, and it may not run where they are made.
-        backend = "reference" if self.is_initializing() else cfg.backend
-        if cache is not None:
-            backend = BACKENDS[backend].cached or backend
-        tiles = (cfg.tile_q, cfg.tile_k) if BACKENDS[backend].tiled else (0, 0)
-        options = dict(scale=cfg.scale or H**-0.5, bias_BNTS=bias, softcap=cfg.softcap, sinks_N=sinks_N)
-        one = partial(attend, backend=backend, tiles=tiles)
-        if cache is None and not self.cross and split_axes("length"):
-            one = partial(attend_split, one, context=cfg.context, zigzag=ctx.zigzag)
-        out_BTNH = one(q_BTNH, k_BSKH, v_BSKH, mask, **options, **dtypes)
-        out_BTNH = constrain(out_BTNH, "batch", "length", "heads", "head_dim")
+        how = dict(cached=cache is not None, plain=self.is_initializing(), cross=self.cross, **dtypes)
+        scale = cfg.scale or H**-0.5
+        out_BTNH = attend_own(cfg, q_BTNH, k_BSKH, v_BSKH, mask, ctx, scale=scale, sinks_N=sinks_N, **how)
         out_init = normal_init(self.init_std(N * H) * self.out_scale)
         wo_NHD = self.param("wo", out_init, (N, H, D), self.param_dtype)
         with jax.named_scope("out"):
@@ -211,26 +241,79 @@ class Attention(nn.Module):
                 )
         return y_BTD, cache
 
-    def _through_cache(self, k_BTKH: Array, v_BTKH: Array, ctx: Context, cache: LayerCache):
-        """Keys and values to attend to, their mask, and the cache with the new ones written."""
-        real_BT = jnp.ones(ctx.positions_BT.shape, bool) if ctx.segments_BT is None else ctx.segments_BT != 0
-        written = write(cache, k_BTKH, v_BTKH, ctx.positions_BT, real_BT)
-        if self.window and ctx.positions_BT.shape[1] > 1:
-            # Later columns of this call overwrite slots that its earlier ones still see: attend to old and
-            # new apart.
-            k = jnp.concatenate([cache.k_BSKH, k_BTKH.astype(cache.k_BSKH.dtype)], axis=1)
-            v = jnp.concatenate([cache.v_BSKH, v_BTKH.astype(cache.v_BSKH.dtype)], axis=1)
-            positions = jnp.concatenate(
-                [cache.positions_BS, jnp.where(real_BT, ctx.positions_BT, -1)], axis=1
-            )
-        else:
-            k, v, positions = written
-        # A slot that holds nothing is padding; a row of a cache is one document.
-        mask = Mask(
-            ctx.positions_BT,
-            positions,
-            k_segments_BS=(positions >= 0).astype(jnp.int32),
-            causal=self.causal,
-            window=self.window,
-        )
-        return k, v, mask, written
+
+def own_mask(ctx: Context, causal: bool, window: int) -> Mask:
+    """What the columns of a call may see of each other."""
+    return Mask(
+        ctx.positions_BT,
+        ctx.positions_BT,
+        ctx.segments_BT,
+        ctx.segments_BT,
+        causal,
+        window,
+        ctx.allowed_BTS,
+        ordered=ctx.ordered,
+    )
+
+
+def through_cache(
+    k_BTKH: Array, v_BTKH: Array, ctx: Context, cache: LayerCache, causal: bool, window: int
+) -> tuple[Array, Array, Mask, LayerCache]:
+    """Keys and values to attend to, their mask, and the cache with the new ones written."""
+    real_BT = jnp.ones(ctx.positions_BT.shape, bool) if ctx.segments_BT is None else ctx.segments_BT != 0
+    written = write(cache, k_BTKH, v_BTKH, ctx.positions_BT, real_BT)
+    if window and ctx.positions_BT.shape[1] > 1:
+        # Later columns of this call overwrite slots that its earlier ones still see: attend to old and
+        # new apart.
+        k = jnp.concatenate([cache.k_BSKH, k_BTKH.astype(cache.k_BSKH.dtype)], axis=1)
+        v = jnp.concatenate([cache.v_BSKH, v_BTKH.astype(cache.v_BSKH.dtype)], axis=1)
+        positions = jnp.concatenate([cache.positions_BS, jnp.where(real_BT, ctx.positions_BT, -1)], axis=1)
+    else:
+        k, v, positions = written
+    # A slot that holds nothing is padding; a row of a cache is one document.
+    mask = Mask(
+        ctx.positions_BT,
+        positions,
+        k_segments_BS=(positions >= 0).astype(jnp.int32),
+        causal=causal,
+        window=window,
+    )
+    return k, v, mask, written
+
+
+def attend_own(
+    cfg: AttentionConfig,
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    mask: Mask,
+    ctx: Context,
+    *,
+    scale: float,
+    sinks_N: Array | None,
+    cached: bool,
+    plain: bool,
+    cross: bool = False,
+    **dtypes: str,
+) -> Array:
+    """`attend` as the config says, over columns that the mesh may split.
+
+    Args:
+        cfg: backend, tiles, softcap and context are read.
+        q_BTNH, k_BSKH, v_BSKH, mask, scale, sinks_N, dtypes: as for `attend`.
+        ctx: its bias is added, but for a cross-attention.
+        cached: keys come from a cache.
+        plain: by products written out, whatever the backend: where parameters are made, which do not depend
+            on the kernel, it may not run.
+        cross: queries and keys are different columns.
+    """
+    bias = ctx.bias(mask.q_positions_BT, mask.k_positions_BS) if ctx.bias and not cross else None
+    backend = "reference" if plain else cfg.backend
+    if cached:
+        backend = BACKENDS[backend].cached or backend
+    tiles = (cfg.tile_q, cfg.tile_k) if BACKENDS[backend].tiled else (0, 0)
+    options = dict(scale=scale, bias_BNTS=bias, softcap=cfg.softcap, sinks_N=sinks_N, **dtypes)
+    one = partial(attend, backend=backend, tiles=tiles)
+    if not cached and not cross and split_axes("length"):
+        one = partial(attend_split, one, context=cfg.context, zigzag=ctx.zigzag)
+    return constrain(one(q_BTNH, k_BSKH, v_BSKH, mask, **options), "batch", "length", "heads", "head_dim")

@@ -15,6 +15,13 @@ AXES: dict[str, tuple[str | None, ...]] = {
     "attention/bv": ("kv_heads", "head_dim"),
     "attention/bo": ("norm",),
     "attention/sinks": ("heads",),
+    "attention/wq_down": ("embed", None),
+    "attention/wkv_down": ("embed", None),
+    "attention/wq_up": ("embed", "heads", "head_dim"),  # ranks are split in storage as the stream is
+    "attention/wk_up": ("embed", "heads", "head_dim"),
+    "attention/wv_up": ("embed", "heads", "head_dim"),
+    "attention/b_q": ("norm",),
+    "attention/b_kv": ("norm",),
     "mlp/w_up": ("embed", "mlp"),
     "mlp/w_gate": ("embed", "mlp"),
     "mlp/w_down": ("mlp", "embed"),
@@ -23,9 +30,13 @@ AXES: dict[str, tuple[str | None, ...]] = {
     "mlp/b_down": ("norm",),
     "moe/router_w": ("embed", None),
     "moe/router_bias": (None,),
+    "moe/router_b": (None,),
     "moe/w_gate": ("experts", "embed", "expert_mlp"),
     "moe/w_up": ("experts", "embed", "expert_mlp"),
     "moe/w_down": ("experts", "expert_mlp", "embed"),
+    "moe/b_gate": ("experts", "expert_mlp"),
+    "moe/b_up": ("experts", "expert_mlp"),
+    "moe/b_down": ("experts", "norm"),
     "moe/shared_gate": ("embed", None),
     "moe/shared_w_gate": ("embed", "mlp"),
     "moe/shared_w_up": ("embed", "mlp"),
@@ -51,6 +62,7 @@ for _name in (
     "transform_norm",
     "q_norm",
     "k_norm",
+    "kv_norm",
 ):
     AXES[f"{_name}/scale"] = AXES[f"{_name}/bias"] = ("norm",)
 for _leaf in ("wq", "wk", "wv", "wo", "bq", "bk", "bv", "bo", "sinks"):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxlm.errors import UserError
@@ -32,14 +33,15 @@ class Backend:
     unordered: bool = True  # causal or windowed masks over any positions, not only `Mask.ordered` ones
     tiled: bool = False  # reads `tile_q` and `tile_k`
     platform: str = ""  # where it runs; '' = everywhere
+    widths: bool = False  # values may be wider or narrower than keys; others get them padded with zeros
     cached: str = ""  # backend of the calls through a cache, if it cannot make them itself
 
 
 _KERNEL = dict(bias=False, allowed=False, unordered=False, cached="blocked")
 _SPLASH = dict(softcap=True, sinks=True, tiled=True, **_KERNEL)
 BACKENDS: dict[str, Backend] = {
-    "blocked": Backend(blocked, softcap=True, sinks=True, bias=True),
-    "reference": Backend(reference, softcap=True, sinks=True, bias=True),
+    "blocked": Backend(blocked, softcap=True, sinks=True, bias=True, widths=True),
+    "reference": Backend(reference, softcap=True, sinks=True, bias=True, widths=True),
     "xla": Backend(xla, softcap=False, sinks=False, bias=True),
     "splash": Backend(splash, **_SPLASH, platform="tpu"),
     "splash_interpret": Backend(
@@ -99,7 +101,8 @@ def attend(
         tiles: queries and keys of a kernel's tile; 0 = by its own rule.
 
     Returns:
-        `[B, T, N, H]` in `dtype`. A query that sees nothing gets finite numbers without meaning.
+        `[B, T, N, H]`, H of the values, in `dtype`. A query that sees nothing gets finite numbers
+        without meaning.
 
     Raises:
         UserError: the backend does not offer what is asked, or does not run on this platform.
@@ -126,7 +129,16 @@ def attend(
     if any(tiles):
         options |= dict(tile_q=tiles[0], tile_k=tiles[1])
     with jax.named_scope("attend"):
-        return row.fn(q_BTNH, k_BSKH, v_BSKH, mask, **options)
+        width, value_width = q_BTNH.shape[-1], v_BSKH.shape[-1]
+        if row.widths or width == value_width:
+            return row.fn(q_BTNH, k_BSKH, v_BSKH, mask, **options)
+        padded = [_widened(x, max(width, value_width)) for x in (q_BTNH, k_BSKH, v_BSKH)]
+        return row.fn(*padded, mask, **options)[..., :value_width]
+
+
+def _widened(x: Array, width: int) -> Array:
+    """Zeros after the last axis's numbers: in keys they add nothing to scores, in values they come out."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])])
 
 
 def executed_keys(

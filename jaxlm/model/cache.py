@@ -11,19 +11,26 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer; `positions_BS` is -1 where a slot is empty."""
+    """Keys and values of one layer; `positions_BS` is -1 where a slot is empty.
+
+    Latent attention keeps its narrow vector and the shared rotated key as the key of one head, and values
+    without width.
+    """
 
     k_BSKH: Float[Array, "B S K H"]
-    v_BSKH: Float[Array, "B S K H"]
+    v_BSKH: Float[Array, "B S K V"]
     positions_BS: Int[Array, "B S"]
 
 
-def empty(batch: int, slots: int, num_kv_heads: int, head_dim: int, dtype: str) -> LayerCache:
-    """A cache with no position written."""
-    shape = (batch, slots, num_kv_heads, head_dim)
-    return LayerCache(
-        jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.full((batch, slots), -1, jnp.int32)
+def empty(
+    batch: int, slots: int, num_kv_heads: int, head_dim: int, dtype: str, *, value_dim: int | None = None
+) -> LayerCache:
+    """A cache with no position written; values are as wide as keys unless `value_dim` says otherwise."""
+    k, v = (
+        jnp.zeros((batch, slots, num_kv_heads, width), dtype)
+        for width in (head_dim, head_dim if value_dim is None else value_dim)
     )
+    return LayerCache(k, v, jnp.full((batch, slots), -1, jnp.int32))
 
 
 class MemoryCache(NamedTuple):

@@ -63,8 +63,10 @@ class TransformerConfig:
     model_dim: int = 128  # D
     mlp_dim: int = 0  # F, width of a dense MLP; 0 = 4 D
     mlp_pattern: tuple[str, ...] = ("dense",)  # one period of layers, each 'dense' or 'moe'
+    first_dense: int = 0  # so many first layers have a dense MLP; mlp_pattern begins after them (DeepSeek)
     activation: str = "swiglu"  # name in jaxlm.model.layers.ACTIVATIONS
     mlp_bias: bool = False  # biases in the dense MLPs
+    gate_limit: float = 0.0  # c: gated MLPs become act(min(g, c)) (clip(h, -c, c) + 1); 0 = off (GPT-OSS: 7)
     norm: str = "rmsnorm"  # rmsnorm | layernorm | layernorm_scale (no bias) | layernorm_plain (neither)
     norm_offset: bool = False  # norms multiply by 1 + scale (Gemma)
     norm_eps: float = 1e-6  # added to the variance
@@ -103,6 +105,11 @@ class TransformerConfig:
             check(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)} must be at least 1")
         check(self.mlp_dim >= 0, f"model.mlp_dim={self.mlp_dim} must not be negative")
         check_choice(self.activation, ACTIVATIONS, "model.activation")
+        check(
+            self.gate_limit == 0.0 or (self.gate_limit > 0.0 and ACTIVATIONS[self.activation][1]),
+            f"model.gate_limit={self.gate_limit} must be positive and needs a gated activation, not "
+            f"model.activation={self.activation!r}; 0 = no limit",
+        )
         check_choice(self.norm, NORMS, "model.norm")
         check_choice(self.norm_position, ("pre", "post", "sandwich", "branch"), "model.norm_position")
         check_choice(self.remat, REMAT, "model.remat")
@@ -115,12 +122,21 @@ class TransformerConfig:
             f"model.quant={self.quant!r}: the products of experts are not quantised; use 'none', or a model "
             "without 'moe' layers",
         )
+        check(
+            self.quant == "none" or not self.attention.latent.kv_rank,
+            f"model.quant={self.quant!r}: the products of latent attention are not quantised; use 'none'",
+        )
         check(0.0 <= self.dropout < 1.0, f"model.dropout={self.dropout} must be in [0, 1)")
         check(self.init_std >= 0.0, f"model.init_std={self.init_std} must not be negative")
         check(self.logit_softcap >= 0.0, f"model.logit_softcap={self.logit_softcap} must not be negative")
         check(len(self.mlp_pattern) > 0, "model.mlp_pattern must name at least one layer kind")
         for kind in self.mlp_pattern:
             check_choice(kind, ("dense", "moe"), "model.mlp_pattern")
+        check(
+            self.first_dense == 0 or (has_moe and 0 < self.first_dense < self.num_layers),
+            f"model.first_dense={self.first_dense} must lie between 0 and model.num_layers="
+            f"{self.num_layers} and needs 'moe' in model.mlp_pattern={self.mlp_pattern}",
+        )
         check(
             has_moe == (self.moe.num_experts > 0),
             f"model.moe.num_experts={self.moe.num_experts} and model.mlp_pattern={self.mlp_pattern} "
@@ -138,7 +154,7 @@ class TransformerConfig:
         check(self.token_types >= 0, f"model.token_types={self.token_types} must not be negative")
         check(self.logit_scale > 0, f"model.logit_scale={self.logit_scale} must be positive")
         heads = self.attention.num_heads
-        if not self.attention.head_dim and self.model_dim % heads:
+        if not self.attention.head_dim and not self.attention.latent.kv_rank and self.model_dim % heads:
             raise UserError(
                 f"model.model_dim={self.model_dim} is not divisible by model.attention.num_heads={heads}; "
                 f"the nearest that is: {max(heads, round(self.model_dim / heads) * heads)}, or set "
@@ -146,7 +162,12 @@ class TransformerConfig:
             )
         self._check_parametrization()
         if self.position.kind == "rope":
-            pos.rotary_dim(self.position, self.head_dim)  # refuses what cannot be paired
+            pos.rotary_dim(self.position, self.rope_dim)  # refuses what cannot be paired
+        check(
+            self.position.kind == "rope" or not self.attention.latent.kv_rank,
+            f"model.position.kind={self.position.kind!r} with model.attention.latent.kv_rank="
+            f"{self.attention.latent.kv_rank}: latent attention needs 'rope'",
+        )
         check_backend(
             self.attention.backend,
             softcap=self.attention.softcap > 0,
@@ -209,8 +230,22 @@ class TransformerConfig:
 
     @property
     def head_dim(self) -> int:
-        """H."""
-        return self.attention.head_dim or self.model_dim // self.attention.num_heads
+        """H, of queries and keys."""
+        return (
+            self.attention.latent.key_dim
+            or self.attention.head_dim
+            or self.model_dim // self.attention.num_heads
+        )
+
+    @property
+    def value_dim(self) -> int:
+        """H of values."""
+        return self.attention.latent.value_dim or self.head_dim
+
+    @property
+    def rope_dim(self) -> int:
+        """Of a head, what rotates if `position.fraction` is 1."""
+        return self.attention.latent.rope_dim or self.head_dim
 
     @property
     def mlp_width(self) -> int:
@@ -220,13 +255,33 @@ class TransformerConfig:
     @property
     def layer_kinds(self) -> tuple[tuple[str, str], ...]:
         """(attention kind, mlp kind) of every layer."""
-        a, m = self.attention.pattern, self.mlp_pattern
-        return tuple((a[i % len(a)], m[i % len(m)]) for i in range(self.num_layers))
+        a, m, n = self.attention.pattern, self.mlp_pattern, self.first_dense
+        kind = lambda i: "dense" if i < n else m[(i - n) % len(m)]  # noqa: E731
+        return tuple((a[i % len(a)], kind(i)) for i in range(self.num_layers))
 
     @property
     def period(self) -> int:
-        """Layers in the unit that is scanned: the least common multiple of the two patterns, at most L."""
-        return min(math.lcm(len(self.attention.pattern), len(self.mlp_pattern)), self.num_layers)
+        """P, layers in the unit that is scanned: the least common multiple of both patterns, if so many."""
+        length = math.lcm(len(self.attention.pattern), len(self.mlp_pattern))
+        return min(length, self.num_layers - self.first_dense)
+
+    @property
+    def repeats(self) -> int:
+        """How often that unit is repeated."""
+        return (self.num_layers - self.first_dense) // self.period
+
+    def place(self, layer: int) -> tuple[str, int | None]:
+        """Where a layer's parameters stand, and which of a stack they are; None = they are not stacked.
+
+        >>> attention = AttentionConfig(pattern=("local", "global"), window=2)
+        >>> cfg = TransformerConfig(num_layers=6, attention=attention)
+        >>> cfg.place(3), dataclasses.replace(cfg, num_layers=3).place(2)
+        (('blocks/1', 1), ('tail/0', None))
+        """
+        if layer < self.first_dense:
+            return f"first/{layer}", None
+        row, j = divmod(layer - self.first_dense, self.period)
+        return (f"blocks/{j}", row) if row < self.repeats else (f"tail/{j}", None)
 
     @property
     def num_moe_layers(self) -> int:

@@ -327,7 +327,7 @@ def _at(where: Where, part: slice) -> Where:
 
 
 def _ring_forward(how: Ring, mask: Callable[..., Any], q_BTNH, k_BSKH, v_BSKH, where, sinks_N, here):
-    (B, T, N, H), K = q_BTNH.shape, k_BSKH.shape[2]
+    (B, T, N, _), K = q_BTNH.shape, k_BSKH.shape[2]
     q = _heads_first(q_BTNH * how.scale, K)
     k, v = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
 
@@ -356,10 +356,10 @@ def _ring_forward(how: Ring, mask: Callable[..., Any], q_BTNH, k_BSKH, v_BSKH, w
     total = jnp.zeros_like(top)
     if sinks_N is not None:  # a key without a value
         top, total = jnp.broadcast_to(_per_head(sinks_N, K), top.shape), jnp.ones_like(top)
-    carry = jnp.zeros((B, K, N // K, T, H), jnp.float32), top, total
+    carry = jnp.zeros((*top.shape, v.shape[-1]), jnp.float32), top, total
     (out, top, total), _ = _hops(how, visit, carry, (k, v, where), T, here)
     out = (out / total[..., None]).astype(how.dtype)
-    out_BTNH = out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    out_BTNH = out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)
     saved = (q_BTNH, k_BSKH, v_BSKH, where, sinks_N, here, out_BTNH, top + jnp.log(total))
     return out_BTNH, saved
 

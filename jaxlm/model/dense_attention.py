@@ -113,7 +113,7 @@ def _attend_blocks(
             probs = weights / (jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sink - top))
         outs.append(product("BKGTS,BKSH->BKGTH", probs, v, dtype, accum, dtype))
     out = outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=3)
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)
 
 
 def xla(q_BTNH, k_BSKH, v_BSKH, mask: Mask, *, scale, bias_BNTS, softcap, sinks_N, dtype, accum):

@@ -29,6 +29,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[Array], Array], bool]] = {
     "geglu": (partial(jax.nn.gelu, approximate=True), True),
     "geglu_exact": (partial(jax.nn.gelu, approximate=False), True),
     "reglu": (jax.nn.relu, True),
+    "quick_geglu": (lambda x: x * jax.nn.sigmoid(1.702 * x), True),
 }
 # name -> (subtracts the mean, has a scale, has a bias)
 NORMS: dict[str, tuple[bool, bool, bool]] = {
@@ -39,6 +40,18 @@ NORMS: dict[str, tuple[bool, bool, bool]] = {
 }
 
 Initializer = Callable[..., Array]
+
+
+def gate(activation: str, g: Array, h: Array, limit: float = 0.0) -> Array:
+    """act(g) h of a gated MLP; with a limit c, act(min(g, c)) (clip(h, -c, c) + 1), as in GPT-OSS.
+
+    >>> gate("reglu", jnp.array([9.0, -1.0]), jnp.array([-8.0, 1.0]), limit=7.0).tolist()
+    [-42.0, 0.0]
+    """
+    fn, _ = ACTIVATIONS[activation]
+    if not limit:
+        return fn(g) * h
+    return fn(jnp.minimum(g, limit)) * (jnp.clip(h, -limit, limit) + 1.0)
 
 
 def normal_init(std: float) -> Initializer:
@@ -100,6 +113,7 @@ class MLP(nn.Module):
     dtype: str
     param_dtype: str
     accum_dtype: str
+    gate_limit: float = 0.0  # see `gate`
 
     @nn.compact
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -121,7 +135,7 @@ class MLP(nn.Module):
                 if self.bias:
                     b_gate_F = self.param("b_gate", nn.initializers.zeros, (self.mlp_dim,), self.param_dtype)
                     g_BTF = g_BTF + b_gate_F.astype(self.dtype)
-                h_BTF = fn(g_BTF) * h_BTF
+                h_BTF = gate(self.activation, g_BTF, h_BTF, self.gate_limit)
             else:
                 h_BTF = fn(h_BTF)
         w_down_FD = self.param("w_down", down_init, (self.mlp_dim, dim), self.param_dtype)

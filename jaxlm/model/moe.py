@@ -6,7 +6,6 @@ devices is told in `jaxlm.model.dispatch`. Losses and statistics are sums over r
 splitting a batch leaves them unchanged.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
@@ -15,73 +14,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float
 
-from jaxlm.errors import check, check_choice
+from jaxlm.errors import check
 from jaxlm.model import dispatch
 from jaxlm.model.grouped import grouped_matmul
-from jaxlm.model.layers import ACTIVATIONS, normal_init
+from jaxlm.model.layers import ACTIVATIONS, gate, normal_init
+from jaxlm.model.routing import Aux, MoEConfig, Routing, auxiliary, route
 from jaxlm.sharding import Layout, current, manual_axes, platform, spec_axes
 from jaxlm.weights import matmul
-
-BACKENDS = ("auto", "dense", "loop", "ragged")
-EXCHANGES = ("auto", "ragged", "padded")
-
-Aux = dict[str, Float32[Array, ""] | tuple[Float32[Array, ""], Float32[Array, ""]]]
-
-
-@dataclasses.dataclass(frozen=True)
-class MoEConfig:
-    """How tokens choose experts, and how the choice is carried out."""
-
-    num_experts: int = 0  # E; 0 = the model has no MoE layers
-    top_k: int = 2  # experts per token
-    expert_dim: int = 0  # width of each expert; 0 = mlp_dim
-    shared_experts: int = 0  # experts that every token passes through, each expert_dim wide
-    shared_dim: int = 0  # width of all shared experts together; 0 = shared_experts times an expert's
-    shared_gate: bool = False  # their output times sigmoid(x w), a number per token (Qwen2-MoE)
-    router: str = "softmax"  # scores: softmax over experts | sigmoid of each (DeepSeek-V3)
-    normalize: bool = True  # weights of the chosen experts sum to 1 (times routed_scale)
-    routed_scale: float = 1.0  # multiplies the weights
-    dispatch: str = "dropless"  # dropless | capacity
-    capacity_factor: float = 1.25  # C = ceil(this * T * top_k / E) tokens per expert and row (capacity)
-    dropless_backend: str = "auto"  # auto | dense | loop | ragged, see `dropless_backend`
-    exchange: str = "auto"  # dropless, between devices: auto | ragged | padded, see jaxlm.model.dispatch
-    buffer_factor: float = 0.0  # dropless: choices a device can receive, over its fair share; 0 = all
-    load_balance: float = 0.01  # coefficient of the load-balance loss
-    router_z: float = 0.001  # coefficient of the router z-loss
-    bias_balancing: bool = False  # loss-free balancing: a learned bias per expert that moves selection only
-
-    def __post_init__(self) -> None:
-        check_choice(self.router, ("softmax", "sigmoid"), "moe.router")
-        check_choice(self.dispatch, ("dropless", "capacity"), "moe.dispatch")
-        check_choice(self.dropless_backend, BACKENDS, "moe.dropless_backend")
-        check_choice(self.exchange, EXCHANGES, "moe.exchange")
-        at_least_0 = (
-            "num_experts",
-            "expert_dim",
-            "shared_experts",
-            "shared_dim",
-            "load_balance",
-            "router_z",
-            "buffer_factor",
-        )
-        for name in at_least_0:
-            check(getattr(self, name) >= 0, f"moe.{name}={getattr(self, name)!r} must be >= 0")
-        for name in ("routed_scale", "capacity_factor"):
-            check(getattr(self, name) > 0, f"moe.{name}={getattr(self, name)!r} must be > 0")
-        if self.num_experts == 0:
-            return
-        check(
-            1 <= self.top_k <= self.num_experts,
-            f"moe.top_k={self.top_k} must be between 1 and moe.num_experts={self.num_experts}; "
-            f"nearest is {min(max(self.top_k, 1), self.num_experts)}",
-        )
-        check(
-            self.top_k > 1 or self.num_experts == 1 or not self.normalize,
-            "moe.normalize=True with moe.top_k=1 makes every weight 1, so the router would get no gradient "
-            "from the loss; set moe.normalize=False",
-        )
 
 
 def capacity(cfg: MoEConfig, length: int) -> int:
@@ -116,109 +57,6 @@ def exchange(cfg: MoEConfig) -> str:
     return "padded" if platform() == "cpu" else "ragged"
 
 
-# --- Routing ---
-
-
-@dataclasses.dataclass(frozen=True)
-class Routing:
-    """Which experts each token uses, and with what weight."""
-
-    experts_BTK: Int32[Array, "B T K"]  # distinct per token, best first; meaningless on padding
-    weights_BTK: Float32[Array, "B T K"]  # 0 on padding
-    chosen_BTE: Int32[Array, "B T E"]  # 1 where chosen; 0 on padding
-    probs_BTE: Float32[Array, "B T E"]  # scores as shares that sum to 1, for the load-balance loss
-    logits_BTE: Float32[Array, "B T E"]
-
-
-def _top_k(ranked_BTE: Array, k: int) -> Array:
-    """Indices of the k largest, ties to the lower one. For `lax.top_k` XLA gathers all rows everywhere."""
-    experts = []
-    for _ in range(k):
-        experts.append(jnp.argmax(ranked_BTE, axis=-1))
-        taken_BTE = jax.nn.one_hot(experts[-1], ranked_BTE.shape[-1], dtype=bool)
-        ranked_BTE = jnp.where(taken_BTE, -jnp.inf, ranked_BTE)
-    return jnp.stack(experts, axis=-1).astype(jnp.int32)
-
-
-def route(
-    cfg: MoEConfig,
-    logits_BTE: Float32[Array, "B T E"],
-    mask_BT: Bool[Array, "B T"],
-    bias_E: Float32[Array, " E"] | None = None,
-) -> Routing:
-    """Top-k experts by score plus bias; weights from the scores alone.
-
-    softmax: s = softmax(logits) (arXiv:1701.06538; normalised over the chosen: Mixtral, arXiv:2401.04088).
-    sigmoid: s = sigmoid(logits), shares s / sum s (DeepSeek-V3, arXiv:2412.19437, equations 12-19).
-
-    Args:
-        cfg: router, top_k, normalize and routed_scale are read.
-        logits_BTE: router logits.
-        mask_BT: False = padding.
-        bias_E: added to the scores for selection only, or None.
-    """
-    if cfg.router == "softmax":
-        probs_BTE = scores_BTE = jax.nn.softmax(logits_BTE, axis=-1)
-    else:
-        scores_BTE = jax.nn.sigmoid(logits_BTE)
-        probs_BTE = scores_BTE / (scores_BTE.sum(-1, keepdims=True) + 1e-20)
-    ranked_BTE = scores_BTE if bias_E is None else scores_BTE + bias_E
-    experts_BTK = _top_k(ranked_BTE, cfg.top_k)
-    weights_BTK = jnp.take_along_axis(scores_BTE, experts_BTK, axis=-1)
-    if cfg.normalize:
-        weights_BTK = weights_BTK / (weights_BTK.sum(-1, keepdims=True) + 1e-20)
-    real_BT1 = mask_BT[..., None]
-    chosen_BTE = jnp.where(real_BT1, jax.nn.one_hot(experts_BTK, cfg.num_experts, dtype=jnp.int32).sum(2), 0)
-    weights_BTK = jnp.where(real_BT1, weights_BTK * cfg.routed_scale, 0.0)
-    return Routing(experts_BTK, weights_BTK, chosen_BTE, probs_BTE, logits_BTE)
-
-
-def auxiliary(
-    cfg: MoEConfig,
-    routing: Routing,
-    mask_BT: Bool[Array, "B T"],
-    dropped: Float32[Array, ""],
-    bias_E: Float32[Array, " E"] | None,
-) -> Aux:
-    """Losses and statistics of one MoE layer, all additive over rows.
-
-    Per row of n real tokens, with c_e choices of expert e and P_e its mean share of the scores:
-
-        moe/load_balance  n * E * sum_e c_e / (k n) * P_e: n when balanced (arXiv:2101.03961; over each row,
-                          as in arXiv:2412.19437, so that rows add up)
-        moe/router_z      sum over tokens of logsumexp(logits) ** 2 (arXiv:2202.08906)
-        moe/max_load      n * max_e c_e / (k n / E): load of the row's busiest expert over the mean load
-        moe/dropped       dropped choices; its weight is the number of choices
-
-    Returns:
-        name -> (sum, weight), weight = real tokens but for moe/dropped, and `loss`: the sum to add to the
-        loss, coefficients applied. With a bias, `loss` carries a term of value 0 whose gradient in bias_e is
-        expert e's load minus the mean load, in choices (loss-free balancing, arXiv:2408.15664).
-    """
-    experts = cfg.num_experts
-    real_BT = mask_BT.astype(jnp.float32)
-    n_B = real_BT.sum(-1)
-    count_BE = routing.chosen_BTE.sum(1).astype(jnp.float32)
-    share_BE = jnp.sum(routing.probs_BTE * real_BT[..., None], axis=1)
-    safe_B = jnp.maximum(n_B, 1.0)
-    balance = jnp.sum(experts / cfg.top_k * (count_BE * share_BE).sum(-1) / safe_B)
-    z_BT = jnp.square(jax.nn.logsumexp(routing.logits_BTE, axis=-1))
-    z = jnp.sum(z_BT * real_BT)
-    tokens = n_B.sum()
-    loss = cfg.load_balance * balance + cfg.router_z * z
-    if bias_E is not None:
-        load_E = count_BE.sum(0)
-        pull = jnp.sum(bias_E * jax.lax.stop_gradient(load_E - load_E.mean()))
-        loss = loss + pull - jax.lax.stop_gradient(pull)
-    return {
-        "loss": loss,
-        "moe/load_balance": (balance, tokens),
-        "moe/router_z": (z, tokens),
-        "moe/max_load": (jnp.sum(count_BE.max(-1)) * experts / cfg.top_k, tokens),
-        "moe/dropped": (dropped, tokens * cfg.top_k),
-    }
-
-
 # --- The layer ---
 
 
@@ -235,6 +73,7 @@ class MoE(nn.Module):
     accum_dtype: str
     router_std: float = 0.0  # of the router's initial weights; 0 = init_std(D)
     router_scale: float = 1.0  # of the router's logits
+    gate_limit: float = 0.0  # see jaxlm.model.layers.gate
 
     @nn.compact
     def __call__(
@@ -260,8 +99,16 @@ class MoE(nn.Module):
             if cfg.bias_balancing:  # moved by small equal steps, which a bf16 parameter would swallow
                 bias_E = self.param("router_bias", nn.initializers.zeros, (cfg.num_experts,), "float32")
             logits_BTE = matmul("BTD,DE->BTE", x_BTD, router_DE, out=("batch", "length", None))
+            if cfg.bias:
+                b_E = self.param("router_b", nn.initializers.zeros, (cfg.num_experts,), self.param_dtype)
+                logits_BTE += b_E.astype(logits_BTE.dtype)
             routing = route(cfg, self.router_scale * logits_BTE, mask_BT, bias_E)
         experts = self._parameters("", (cfg.num_experts,), dim, width)
+        if cfg.bias:
+            for name, w in list(experts.items()):
+                shape = (cfg.num_experts, w.shape[-1])
+                b = f"b{name[1:]}"
+                experts[b] = self.param(b, nn.initializers.zeros, shape, self.param_dtype)
         if cfg.dispatch == "dropless" and dropless_backend(cfg) == "dense":
             y_BTD, dropped = self._dense(x_BTD, routing, experts), jnp.zeros((), jnp.float32)
         else:
@@ -293,13 +140,33 @@ class MoE(nn.Module):
     def _matmul(self, eqn: str, x: Array, w: Array, out: tuple[str | None, ...] | None = None) -> Array:
         return matmul(eqn, x, w, dtype=self.dtype, accum=self.accum_dtype, out=out)
 
-    def _mlp(self, weights: dict[str, Array], up: Callable, down: Callable) -> Array:
-        """`down(act(up(w_up)))` or, gated, `down(act(up(w_gate)) * up(w_up))`."""
+    def _mlp(
+        self,
+        weights: dict[str, Array],
+        up: Callable[[Array], Array],
+        down: Callable[[Array, Array], Array],
+        spread: Callable[[Array], Array] = lambda b: b,
+    ) -> Array:
+        """`down(act(up(w_up)))` or, gated, `down(act(up(w_gate)) * up(w_up))`; biases are added if there are.
+
+        Args:
+            weights: w_up, w_down, and as the case may be w_gate and biases.
+            up, down: the products with a weight.
+            spread: a bias of each expert, [E, F], as it is added to rows.
+        """
         fn, gated = ACTIVATIONS[self.activation]
+
+        def biased(y: Array, name: str) -> Array:
+            return y + spread(weights[name].astype(y.dtype)) if name in weights else y
+
         with jax.named_scope("experts_up"):
-            h = fn(up(weights["w_gate"])) * up(weights["w_up"]) if gated else fn(up(weights["w_up"]))
+            h = biased(up(weights["w_up"]), "b_up")
+            if gated:
+                h = gate(self.activation, biased(up(weights["w_gate"]), "b_gate"), h, self.gate_limit)
+            else:
+                h = fn(h)
         with jax.named_scope("experts_down"):
-            return down(h, weights["w_down"])
+            return biased(down(h, weights["w_down"]), "b_down")
 
     def _dispatch(
         self, x_BTD: Array, mask_BT: Array, routing: Routing, weights: dict[str, Array]
@@ -345,6 +212,9 @@ class MoE(nn.Module):
         over = lambda axes: axes or None  # noqa: E731
         where = {name: P(over(copies), over(experts), None, over(width)) for name in weights}
         where["w_down"] = P(over(copies), over(experts), over(width), None)
+        where |= {name: P(over(copies), over(experts), over(width)) for name in weights if name[0] == "b"}
+        if "b_down" in where:
+            where["b_down"] = P(over(copies), over(experts), None)
         weights = {name: _copies(w, layout.size(copies), where[name]) for name, w in weights.items()}
 
         def one(x, experts_BTK, kept_BTK, weights_BTK, weights):
@@ -382,6 +252,9 @@ class MoE(nn.Module):
         """
         cfg, where = self.cfg, dict(group=group, num_experts=self.cfg.num_experts)
         lost = jnp.zeros((), jnp.int32)
+        if "b_down" in weights and width:  # of the devices whose results are summed, one adds it
+            first = jax.lax.axis_index(width) == 0
+            weights = {**weights, "b_down": jnp.where(first, weights["b_down"], 0)}
         if cfg.dispatch == "capacity":
 
             def batched(x_EMD: Array) -> Array:
@@ -390,6 +263,7 @@ class MoE(nn.Module):
                     weights,
                     lambda w_EDF: self._matmul("EMD,EDF->EMF", x_EMD, w_EDF),
                     lambda h_EMF, w_EFD: self._matmul("EMF,EFD->EMD", h_EMF, w_EFD),
+                    lambda b_EF: b_EF[:, None],
                 )
 
             slots = min(room, x_BTD.shape[1])
@@ -401,7 +275,13 @@ class MoE(nn.Module):
             def grouped(x_MD: Array, sizes_E: Array) -> Array:
                 how = dict(backend=dropless_backend(cfg), dtype=self.dtype, accum=self.accum_dtype)
                 product = partial(grouped_matmul, group_sizes_E=sizes_E, **how)
-                return self._mlp(weights, lambda w_EDF: product(x_MD, w_EDF), product)
+
+                def spread(b_EF: Array) -> Array:
+                    rows_M = jnp.arange(x_MD.shape[0])
+                    expert_M = jnp.searchsorted(jnp.cumsum(sizes_E), rows_M, side="right")
+                    return b_EF.at[expert_M].get(mode="clip")
+
+                return self._mlp(weights, lambda w_EDF: product(x_MD, w_EDF), product, spread)
 
             how = dict(exchange=exchange(cfg), buffer_factor=cfg.buffer_factor)
             y_BTD, lost = dispatch.dropless(
@@ -416,11 +296,16 @@ class MoE(nn.Module):
         onehot_BTKE = jax.nn.one_hot(routing.experts_BTK, self.cfg.num_experts, dtype=jnp.float32)
         share_BET = (routing.weights_BTK[..., None] * onehot_BTKE).sum(2).swapaxes(1, 2).astype(self.dtype)
         hidden = ("expert_batch", "experts", None, "expert_mlp")
-        return self._mlp(
-            weights,
+        of_rows = {name: b for name, b in weights.items() if name != "b_down"}
+        y_BTD = self._mlp(
+            of_rows,
             lambda w_EDF: self._matmul("BTD,EDF->BETF", x_BTD, w_EDF, hidden),
             lambda h_BETF, w_EFD: self._matmul("BETF,EFD->BTD", h_BETF * share_BET[..., None], w_EFD),
+            lambda b_EF: b_EF[:, None],
         )
+        if "b_down" in weights:
+            y_BTD = y_BTD + self._matmul("BET,ED->BTD", share_BET, weights["b_down"])
+        return y_BTD
 
 
 # Every device's gradient of the weights is its own until all are added up, in one sum that the compiler can

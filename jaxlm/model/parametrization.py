@@ -40,12 +40,12 @@ from jaxlm.model.config import TransformerConfig
 # Role -> regex of its leaves' names. Every leaf has one role; `router_bias` moves by its own rule.
 LEAVES: dict[str, str] = {
     "embedding": r"(^|/)embed/",
-    "hidden": r"(^|/)((cross_)?attention/w[qkvo]|mlp/w_\w+|moe/(shared_)?w_\w+|(transform|pooler)/w)$",
-    "vector": r"(^|/)(scale|bias|sinks|b[qkvo]|b_\w+)$|(^|/)(position_bias/|(transform|pooler)/b$)",
+    "hidden": r"(^|/)((cross_)?attention/w\w+|mlp/w_\w+|moe/(shared_)?w_\w+|(transform|pooler)/w)$",
+    "vector": r"(^|/)(scale|bias|sinks|router_b|b[qkvo]|b_\w+)$|(^|/)(position_bias/|(transform|pooler)/b$)",
     "head": r"(^|/)(head|classifier)/",
     "router": r"(^|/)(router_w|shared_gate)$",
 }
-IN_BLOCKS = r"(^|/)(blocks|tail)/"
+IN_BLOCKS = r"(^|/)(first|blocks|tail)/"
 
 Multipliers = tuple[tuple[str, float], ...]
 

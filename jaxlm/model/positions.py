@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 from jaxlm.errors import UserError, check, check_choice
 
 KINDS = ("rope", "alibi", "learned", "sinusoidal", "t5", "none")
-SCALINGS = ("none", "linear", "ntk", "dynamic", "yarn", "llama3")
+SCALINGS = ("none", "linear", "ntk", "dynamic", "yarn", "llama3", "longrope")
+BY_LENGTH = ("dynamic", "longrope")  # whose frequencies depend on the batch, see `dynamic_frequencies`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,14 +27,16 @@ class PositionConfig:
     local_theta: float = 0.0  # RoPE base of local layers, then not scaled; 0 = as global layers
     fraction: float = 1.0  # leading share of head_dim that rotates (partial RoPE)
     interleaved: bool = False  # pairs are (0, 1), (2, 3).. as in GPT-J; default pairs are (i, i + R/2)
-    scaling: str = "none"  # context extension: none | linear | ntk | dynamic | yarn | llama3
+    scaling: str = "none"  # context extension, name in SCALINGS
     factor: float = 1.0  # context extension ratio, >= 1
-    original_length: int = 0  # tokens of context before extension (dynamic, yarn, llama3)
+    original_length: int = 0  # tokens of context before extension (dynamic, yarn, llama3, longrope)
     low_freq_factor: float = 1.0  # llama3: wavelengths above original_length / this are fully interpolated
     high_freq_factor: float = 4.0  # llama3: wavelengths below original_length / this are left alone
     beta_fast: float = 32.0  # yarn: pairs with more turns than this in original_length are left alone
     beta_slow: float = 1.0  # yarn: pairs with fewer turns than this are fully interpolated
     beta_round: bool = True  # yarn: the pairs of these numbers of turns are rounded outwards to whole ones
+    short_factors: tuple[float, ...] = ()  # longrope: what each pair's frequency is divided by,
+    long_factors: tuple[float, ...] = ()  # and from more than original_length positions on
     attention_factor: float = 0.0  # multiplies cos and sin; 0 = by formula (yarn: 0.1 ln factor + 1)
     max_length: int = 0  # positions in the learned table
     offset: int = 0  # learned: row of position 0 (OPT: 2)
@@ -51,7 +54,11 @@ class PositionConfig:
         _require(0 < self.fraction <= 1, "fraction", self.fraction, "must be in (0, 1]")
         _require(self.factor >= 1, "factor", self.factor, "must be >= 1 (the context grows by it)")
         _require(self.bias_scale > 0, "bias_scale", self.bias_scale, "must be > 0")
-        if self.scaling in ("dynamic", "yarn", "llama3"):
+        for name in ("short_factors", "long_factors"):
+            factors = getattr(self, name)
+            ok = bool(factors) == (self.scaling == "longrope") and all(f > 0 for f in factors)
+            _require(ok, name, factors, "must hold positive numbers with scaling='longrope', and none else")
+        if self.scaling in ("dynamic", "yarn", "llama3", "longrope"):
             _require(
                 self.original_length > 0,
                 "original_length",
@@ -130,6 +137,7 @@ def rope_frequencies(
         yarn    f_i / s * (1 - g_i) + f_i * g_i; g = 1 for pairs that turn > beta_fast times in L, 0 for
                 < beta_slow, linear in the pair's index between (ends rounded as in the authors' code)
         dynamic f_i here; see `dynamic_frequencies`
+        longrope f_i / short_factors_i here; see `dynamic_frequencies`
         llama3  f_i for l_i < L / high_freq_factor, f_i / s for l_i > L / low_freq_factor, and between them
                 blended linearly in L / l_i
 
@@ -140,10 +148,11 @@ def rope_frequencies(
 
     Returns:
         inv_freq: float32 [R/2], radians per token.
-        attention_factor: multiplies cos and sin; `cfg.attention_factor`, or 0.1 ln(s) + 1 for yarn, or 1.
+        attention_factor: multiplies cos and sin; `cfg.attention_factor`, or 0.1 ln(s) + 1 for yarn, or
+            sqrt(1 + ln(s) / ln(L)) for longrope, or 1.
 
     Sources: Su et al. 2021 (arXiv:2104.09864); linear: Chen et al. 2023 (arXiv:2306.15595); ntk and yarn:
-    Peng et al. 2023 (arXiv:2309.00071); llama3: the Llama 3.1 reference code.
+    Peng et al. 2023 (arXiv:2309.00071); llama3: the Llama 3.1 reference code; longrope: arXiv:2402.13753.
 
     >>> inv_freq, factor = rope_frequencies(PositionConfig(theta=10000.0), 4)
     >>> inv_freq.tolist(), factor
@@ -165,6 +174,9 @@ def rope_frequencies(
         keep = 1.0 - _yarn_ramp(cfg, theta, dim)
         inv_freq = inv_freq / cfg.factor * (1.0 - keep) + inv_freq * keep
         factor = 0.1 * math.log(cfg.factor) + 1.0
+    elif scaling == "longrope":
+        inv_freq = inv_freq / _by_pair(cfg.short_factors, dim)
+        factor = math.sqrt(1.0 + math.log(cfg.factor) / math.log(cfg.original_length))
     elif scaling == "llama3":
         turns = cfg.original_length * inv_freq / (2 * math.pi)  # in the original context
         keep = (turns - cfg.low_freq_factor) / (cfg.high_freq_factor - cfg.low_freq_factor)
@@ -178,16 +190,29 @@ def rope_frequencies(
 def dynamic_frequencies(
     cfg: PositionConfig, head_dim: int, positions_BT: Int[Array, "B T"]
 ) -> Float32[Array, " R/2"]:
-    """Frequencies of the ntk scaling that a batch needs: for n positions, the base grows once n exceeds L.
+    """Frequencies that a batch of n positions needs, for scalings that change once n exceeds L.
 
-        theta -> theta * (s n / L - (s - 1)) ** (R / (R - 2)),  n at least L
+        dynamic  theta -> theta * (s n / L - (s - 1)) ** (R / (R - 2)),  n at least L
+        longrope f_i / long_factors_i in place of f_i / short_factors_i
 
     Keys that were cached under a shorter n keep the rotation that they got, as elsewhere.
     """
     dim = rotary_dim(cfg, head_dim)
+    if cfg.scaling == "longrope":
+        longer = jnp.max(positions_BT) + 1 > cfg.original_length
+        short, long = (jnp.asarray(_by_pair(f, dim)) for f in (cfg.short_factors, cfg.long_factors))
+        return cfg.theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim) / jnp.where(longer, long, short)
     n = jnp.maximum(jnp.max(positions_BT) + 1, cfg.original_length).astype(jnp.float32)
     theta = cfg.theta * (cfg.factor * n / cfg.original_length - (cfg.factor - 1)) ** (dim / (dim - 2))
     return theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
+
+
+def _by_pair(factors: tuple[float, ...], dim: int) -> np.ndarray:
+    check(
+        len(factors) == dim // 2,
+        f"position: {len(factors)} long or short factors, but {dim} rotated dimensions make {dim // 2} pairs",
+    )
+    return np.asarray(factors, np.float32)
 
 
 def _yarn_ramp(cfg: PositionConfig, theta: float, dim: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 Linen stops at the block. Above it everything is plain JAX over a nested dict of arrays:
 
     embed/table [V, D]
+    first/I/...                   the `first_dense` leading layers, unstacked
     blocks/J/... [L / P, ...]     one stacked tree per layer J of the period of P layers
     tail/J/...                    the layers that are left when P does not divide L, unstacked
     final_norm/scale [D]
@@ -29,6 +30,7 @@ from jaxlm.model.cache import LayerCache, MemoryCache, empty, empty_memory
 from jaxlm.model.config import TransformerConfig, encoder_of
 from jaxlm.model.context_parallel import CONTEXTS, check_columns
 from jaxlm.model.context_parallel import zigzag as in_zigzag
+from jaxlm.model.latent_attention import LatentAttention
 from jaxlm.model.layers import ACTIVATIONS, MLP, Norm, dropout, normal_init
 from jaxlm.model.moe import MoE
 from jaxlm.model.parametrization import attention_config, initial_std, out_scale, rules
@@ -92,30 +94,31 @@ class Block(nn.Module):
             return constrain(x, *STREAM)
 
         def attention(name: str, x: Array, cache: LayerCache | None, *, cross: bool):
-            module = Attention(
-                attention_config(cfg),
-                head_dim=cfg.head_dim,
+            same = dict(
                 window=cfg.attention.window if self.attention == "local" and not cross else 0,
                 causal=cfg.causal,
-                cross=cross,
                 rotates=self.attention != "nope" and not cross,
                 interleaved=cfg.position.interleaved,
-                norm_eps=cfg.norm_eps,
                 norm_offset=cfg.norm_offset,
                 name=name,
                 **shared,
             )
-            return module(x, ctx, cache)
+            if cfg.attention.latent.kv_rank and not cross:
+                return LatentAttention(attention_config(cfg), **same)(x, ctx, cache)
+            sizes = dict(head_dim=cfg.head_dim, cross=cross, norm_eps=cfg.norm_eps)
+            return Attention(attention_config(cfg), **sizes, **same)(x, ctx, cache)
 
         def feed_forward(x: Array) -> tuple[Array, Aux]:
             if self.mlp == "dense":
-                mlp = MLP(cfg.mlp_width, cfg.activation, cfg.mlp_bias, name="mlp", **shared)
+                sizes = (cfg.mlp_width, cfg.activation, cfg.mlp_bias)
+                mlp = MLP(*sizes, gate_limit=cfg.gate_limit, name="mlp", **shared)
                 return mlp(x), {}
             real_BT = jnp.ones(x.shape[:2], bool) if ctx.segments_BT is None else ctx.segments_BT != 0
             router = dict(
                 router_std=initial_std(cfg, "router", cfg.model_dim), router_scale=rule["router"].output
             )
-            moe = MoE(cfg.moe, cfg.mlp_width, cfg.activation, name="moe", **router, **shared)
+            sizes = (cfg.moe, cfg.mlp_width, cfg.activation)
+            moe = MoE(*sizes, gate_limit=cfg.gate_limit, name="moe", **router, **shared)
             return moe(x, real_BT)
 
         if cfg.parallel_block:
@@ -135,8 +138,8 @@ class Block(nn.Module):
 
 
 def blocks_of(cfg: TransformerConfig) -> list[Block]:
-    """The blocks of one period."""
-    return [Block(cfg, *kinds, cross=cfg.has_encoder) for kinds in cfg.layer_kinds[: cfg.period]]
+    """The blocks of all layers."""
+    return [Block(cfg, *kinds, cross=cfg.has_encoder) for kinds in cfg.layer_kinds]
 
 
 def init(cfg: TransformerConfig, key: Array, *, init_scale: Float[Array, ""] | float = 1.0) -> Params:
@@ -165,20 +168,19 @@ def init(cfg: TransformerConfig, key: Array, *, init_scale: Float[Array, ""] | f
             return block.init(jax.random.fold_in(block_key, index), x_BTD, ctx)["params"]
 
     embedding_init = normal_init(initial_std(cfg, "embedding", D))
-    blocks, P = blocks_of(cfg), cfg.period
-    repeats = cfg.num_layers // P
+    blocks, P, first = blocks_of(cfg), cfg.period, cfg.first_dense
+    last = first + cfg.repeats * P
     params: Params = {
         "embed": {"table": embedding_init(table_key, (V, D), cfg.param_dtype)},
         "blocks": {
-            str(j): jax.vmap(lambda i, b=block: layer(b, i))(jnp.arange(j, repeats * P, P))
-            for j, block in enumerate(blocks)
+            str(j): jax.vmap(lambda i, b=blocks[first + j]: layer(b, i))(jnp.arange(first + j, last, P))
+            for j in range(P)
         },
     }
-    if cfg.num_layers % P:
-        params["tail"] = {
-            str(j): layer(blocks[j], jnp.asarray(repeats * P + j))
-            for j in range(cfg.num_layers - repeats * P)
-        }
+    for name, start, stop in (("first", 0, first), ("tail", last, cfg.num_layers)):
+        if stop > start:
+            loose = range(start, stop)
+            params[name] = {str(i - start): layer(blocks[i], jnp.asarray(i)) for i in loose}
     if cfg.position.kind == "learned":
         shape = (cfg.position.offset + cfg.position.max_length, D)
         params["embed"]["positions"] = embedding_init(position_key, shape, cfg.param_dtype)
@@ -232,9 +234,9 @@ def make_context(
     if p.kind == "rope":
         rotation = {}
         for kind in set(cfg.attention.pattern):
-            frequencies, factor = pos.rope_frequencies(p, cfg.head_dim, local=kind == "local")
-            if p.scaling == "dynamic":
-                frequencies = pos.dynamic_frequencies(p, cfg.head_dim, positions_BT)
+            frequencies, factor = pos.rope_frequencies(p, cfg.rope_dim, local=kind == "local")
+            if p.scaling in pos.BY_LENGTH:
+                frequencies = pos.dynamic_frequencies(p, cfg.rope_dim, positions_BT)
             rotation[kind] = pos.rope_tables(positions_BT, frequencies, factor)
     elif p.kind == "alibi":
         slopes_N = pos.alibi_slopes(cfg.attention.num_heads) * p.bias_scale
@@ -346,8 +348,8 @@ def apply(
     shared = {"position_table": bias_table, "key": stack_key, **memory}
     x_BTD = dropout(embed(cfg, params, tokens_BT, positions_BT, types_BT), cfg.dropout, embed_key)
 
-    blocks, P = blocks_of(cfg), cfg.period
-    repeats = cfg.num_layers // P
+    blocks, P, first_dense = blocks_of(cfg), cfg.period, cfg.first_dense
+    scanned = range(first_dense, first_dense + cfg.repeats * P)
 
     def layer_of(rows: Params, shared: Params, part: Array | None = None):
         """What one layer does with these rows; `part` is their microbatch in a pipeline."""
@@ -371,40 +373,47 @@ def apply(
             params_u = mark(lay_out(params_u, AXES, cfg.dtype, exact=EXACT), cfg.quant)
             caches, first = xs
             new_caches, auxes = {}, []
-            for j, block in enumerate(blocks):
+            for j, block in enumerate(blocks[first_dense : first_dense + P]):
                 x, new_caches[str(j)], aux = layer(block, params_u[str(j)], x, caches.get(str(j)), first + j)
                 auxes.append(aux)
             return x, (new_caches, _sum_aux(auxes))
 
         return unit
 
-    xs, how = ({}, jnp.arange(0, repeats * P, P)), dict(scan=cfg.scan, remat=cfg.remat)
+    auxes, new_cache, layer = [], {}, layer_of(rows, shared)
+
+    def loose(part: str, start: int, x: Array) -> Array:
+        """The layers beside the scanned ones."""
+        for j, params_l in sorted(params.get(part, {}).items(), key=lambda item: int(item[0])):
+            index = start + int(j)
+            cache_l = None if cache is None else cache[part][j]
+
+            def one(params_l: Params, *rest: Any, block: Block = blocks[index]):
+                return layer(block, mark(lay_out(params_l, AXES, cfg.dtype, exact=EXACT), cfg.quant), *rest)
+
+            run = rematerialised(one, cfg.remat, scan=False)
+            x, cache_l, aux = run(params_l, x, cache_l, jnp.asarray(index))
+            auxes.append(aux)
+            new_cache.setdefault(part, {})[j] = cache_l
+        return x
+
+    x_BTD = loose("first", 0, x_BTD)
+    xs, how = ({}, jnp.arange(scanned.start, scanned.stop, P)), dict(scan=cfg.scan, remat=cfg.remat)
     if cache is None:
         x_BTD, (new_blocks, aux) = run_layers(unit_of, params["blocks"], x_BTD, xs, rows, shared, **how)
     else:  # under a pipeline too, where each device then reads every stage's layers: slow, and right
         xs = (cache["blocks"], xs[1])
         x_BTD, (new_blocks, aux) = run_stack(unit_of(rows, shared), params["blocks"], x_BTD, xs, **how)
-    auxes = [jax.tree.map(lambda a: jnp.sum(a, axis=0), aux)]
-    new_cache = None if cache is None else {"blocks": new_blocks}
-    layer = layer_of(rows, shared)
-    for j, params_l in sorted(params.get("tail", {}).items(), key=lambda item: int(item[0])):
-        cache_l = None if cache is None else cache["tail"][j]
-        index = jnp.asarray(repeats * P + int(j))
-
-        def last(params_l: Params, *rest: Any, block: Block = blocks[int(j)]):
-            return layer(block, mark(lay_out(params_l, AXES, cfg.dtype, exact=EXACT), cfg.quant), *rest)
-
-        x_BTD, cache_l, aux = rematerialised(last, cfg.remat, scan=False)(params_l, x_BTD, cache_l, index)
-        auxes.append(aux)
-        if cache is not None:
-            new_cache.setdefault("tail", {})[j] = cache_l
+    auxes.append(jax.tree.map(lambda a: jnp.sum(a, axis=0), aux))
+    new_cache["blocks"] = new_blocks
+    x_BTD = loose("tail", scanned.stop, x_BTD)
     x_BTD = last_norm(cfg, params, x_BTD)
     if zigzag:
         x_BTD = in_zigzag(x_BTD, back=True)
     aux = _sum_aux(auxes)
     if "loss" in aux:
         aux["loss"] = aux["loss"] / cfg.num_moe_layers
-    return x_BTD, new_cache, aux
+    return x_BTD, None if cache is None else new_cache, aux
 
 
 def last_norm(cfg: TransformerConfig, params: Params, x_BTD: Array) -> Array:
@@ -467,17 +476,21 @@ def init_cache(cfg: TransformerConfig, batch: int, length: int, memory_length: i
             f"{length} positions, but model.position.max_length={cfg.position.max_length} learned positions",
         )
 
-    def layer(kind: str) -> LayerCache | tuple[LayerCache, MemoryCache]:
-        slots = min(cfg.attention.window, length) if kind == "local" else length
+    latent = cfg.attention.latent
+
+    def layer(i: int) -> LayerCache | tuple[LayerCache, MemoryCache]:
+        slots = min(cfg.attention.window, length) if cfg.layer_kinds[i][0] == "local" else length
+        if latent.kv_rank:
+            return empty(batch, slots, 1, latent.kv_rank + latent.rope_dim, cfg.dtype, value_dim=0)
         sizes = dict(num_kv_heads=cfg.attention.kv_heads, head_dim=cfg.head_dim, dtype=cfg.dtype)
         own = empty(batch, slots, **sizes)
         return (own, empty_memory(batch, memory_length, **sizes)) if cfg.has_encoder else own
 
-    kinds, P = cfg.layer_kinds, cfg.period
-    repeats = cfg.num_layers // P
-    stack = lambda tree: jax.tree.map(lambda a: jnp.broadcast_to(a, (repeats, *a.shape)), tree)  # noqa: E731
-    cache: Params = {"blocks": {str(j): stack(layer(kinds[j][0])) for j in range(P)}}
-    if cfg.num_layers % P:
-        tail = range(repeats * P, cfg.num_layers)
-        cache["tail"] = {str(j): layer(kinds[i][0]) for j, i in enumerate(tail)}
+    cache: Params = {}
+    stack = lambda tree: jax.tree.map(lambda a: jnp.broadcast_to(a, (cfg.repeats, *a.shape)), tree)  # noqa: E731
+    for i in range(cfg.num_layers):
+        where, row = cfg.place(i)
+        part, j = where.split("/")
+        if row in (None, 0):
+            cache.setdefault(part, {})[j] = layer(i) if row is None else stack(layer(i))
     return cache

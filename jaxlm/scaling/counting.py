@@ -4,11 +4,12 @@ Parameters are counted on the abstract tree that `init` returns, leaf by leaf, s
 model. FLOPs count products only (2 per weight and token; embeddings are gathers and cost none); training is
 three times the forward pass. The exact count, which everything of ours uses:
 
-    forward(T) = 2 (weights that meet a token, head included) + sum over layers of 4 N H keys(T)
+    forward(T) = 2 (weights that meet a token, head included) + sum over layers of 2 N (H + V) keys(T)
 
-with keys(T) the mean number of keys that a query sees: T / 2 if causal, T if not, less in a window. Of the
-experts only the `top_k` chosen ones meet a token. `conventions` gives the published alternatives, which
-differ by a factor of two for one and the same model: record them all, and never derive one from another.
+with V the width of a value head, mostly H, and keys(T) the mean number of keys that a query sees: T / 2 if
+causal, T if not, less in a window. Of the experts only the `top_k` chosen ones meet a token. `conventions`
+gives the published alternatives, which differ by a factor of two for one and the same model: record them all,
+and never derive one from another.
 """
 
 import dataclasses
@@ -29,11 +30,14 @@ from jaxlm.sharding import Layout, tree_shardings
 from jaxlm.tree import named_leaves, nbytes
 
 # What a leaf does with a token, by the last component of its name: a product (2 FLOPs per weight) or not.
-PRODUCTS = ("wq", "wk", "wv", "wo", "w_up", "w_gate", "w_down", "router_w")
+PRODUCTS = ("wq", "wk", "wv", "wo", "wq_down", "wq_up", "wkv_down", "wk_up", "wv_up")
+PRODUCTS += ("w_up", "w_gate", "w_down", "router_w")
 PRODUCTS += ("shared_gate", "shared_w_up", "shared_w_gate", "shared_w_down", "w")
 LOOKUPS = ("table", "positions", "types")
-VECTORS = ("scale", "bias", "sinks", "router_bias", "bq", "bk", "bv", "bo", "b_up", "b_gate", "b_down", "b")
+VECTORS = ("scale", "bias", "sinks", "router_bias", "router_b", "b")
+VECTORS += ("bq", "bk", "bv", "bo", "b_q", "b_kv", "b_up", "b_gate", "b_down")
 EXPERTS = ("moe/w_up", "moe/w_gate", "moe/w_down")  # leaves with a leading expert dimension
+EXPERT_VECTORS = ("moe/b_up", "moe/b_gate", "moe/b_down")  # likewise
 ROOMS = (
     "embed",
     "attention",
@@ -78,7 +82,7 @@ def weights(cfg: TransformerConfig) -> Weights:
         ValueError: a leaf whose name is in none of PRODUCTS, LOOKUPS, VECTORS.
     """
     rooms: dict[str, int] = {}
-    embedding = head = experts = products = 0
+    embedding = head = experts = vectors = products = 0
     for name, leaf in named_leaves(abstract_params(cfg)):
         parts, size = name.split("/"), math.prod(leaf.shape)
         room = next((part for part in parts if part in ROOMS), "norms")
@@ -93,17 +97,20 @@ def weights(cfg: TransformerConfig) -> Weights:
             head += size
         elif "/".join(parts[-2:]) in EXPERTS:
             experts += size
+        elif "/".join(parts[-2:]) in EXPERT_VECTORS:
+            vectors += size
         elif parts[-1] in PRODUCTS and (room not in READOUT or cfg.readout.of == "each"):
             products += size
     total = sum(rooms.values())
-    chosen = experts // cfg.moe.num_experts * cfg.moe.top_k if experts else 0
+    of_chosen = lambda size: size // cfg.moe.num_experts * cfg.moe.top_k if size else 0  # noqa: E731
+    chosen, experts_all = of_chosen(experts), experts + vectors
     return Weights(
         rooms=MappingProxyType(rooms),
         total=total,
         embedding=embedding,
         head=head,
-        experts=experts,
-        active=total - experts + chosen,
+        experts=experts_all,
+        active=total - experts_all + of_chosen(experts_all),
         body_products=products + chosen,
         head_products=cfg.model_dim * cfg.vocab_size,
     )
@@ -151,7 +158,7 @@ def _score_flops(cfg: TransformerConfig, seq_len: int, executed: bool) -> float:
         else mean_keys(seq_len, window=cfg.attention.window if kind == "local" else 0, causal=cfg.causal)
         for kind, _ in cfg.layer_kinds
     ]
-    return 4.0 * cfg.attention.num_heads * cfg.head_dim * sum(keys)
+    return 2.0 * cfg.attention.num_heads * (cfg.head_dim + cfg.value_dim) * sum(keys)
 
 
 def hardware_flops(cfg: TransformerConfig, seq_len: int) -> float:
@@ -322,7 +329,8 @@ def memory(
     with s the bytes of the compute dtype, t the ways that heads and MLP are split, F the MLP width that a
     token passes through, a = 4 and m = 1 (gated: 6 and 2), d = 2 (parallel block: 1), e = d (3 where a norm
     follows the branch), n norms (2; sandwich 4, parallel 1), k chosen experts (0 if dense), and S keys
-    that a query's scores are computed for. Norms and probabilities are kept in fp32, the latter twice by a
+    that a query's scores are computed for; with latent attention, its own widths of heads and the narrow
+    vectors besides. Norms and probabilities are kept in fp32, the latter twice by a
     backend that writes them out; a kernel keeps (s H + 4) N / t in their place, under `minimal` too. ReLU
     keeps less.
 
@@ -362,7 +370,7 @@ def memory(
         opt_state=optimizer,
         activations=round(tokens * _activation_bytes(cfg, seq_len, shards)),
         logits=logits,
-        kv_cache=nbytes(cache) // shards["kv_heads"],
+        kv_cache=nbytes(cache) // (1 if cfg.attention.latent.kv_rank else shards["kv_heads"]),
     )
 
 
@@ -384,6 +392,8 @@ def _activation_bytes(cfg: TransformerConfig, seq_len: int, shards: Mapping[str,
     s = np.dtype(cfg.dtype).itemsize
     D, N, K, H = cfg.model_dim, cfg.attention.num_heads, cfg.attention.kv_heads, cfg.head_dim
     n, k = N / shards["heads"], K / shards["kv_heads"]
+    both, latent = H + cfg.value_dim, cfg.attention.latent
+    narrow = latent.q_rank + latent.kv_rank + latent.rope_dim
     gated = ACTIVATIONS[cfg.activation][1]
     inputs, norms = (1, 1) if cfg.parallel_block else (2, 4 if cfg.norm_position == "sandwich" else 2)
     outputs = inputs + (cfg.norm_position != "pre")
@@ -400,21 +410,22 @@ def _activation_bytes(cfg: TransformerConfig, seq_len: int, shards: Mapping[str,
 
     def whole(kind: tuple[str, str]) -> float:
         width, sent = widths(kind[1])
-        kept = (inputs + 2 * sent) * D + 2 * (n + k) * H + (6 if gated else 4) * width
+        kept = (inputs + 2 * sent) * D + (n + k) * both + 2 * narrow + (6 if gated else 4) * width
         scores = 8 * _executed_keys(cfg, kind[0], seq_len) if written else s * H + 4
-        return s * kept + 12 * norms * D + scores * n
+        return s * kept + 12 * (norms * D + latent.q_rank + latent.kv_rank) + scores * n
 
     def products(kind: tuple[str, str]) -> float:
         width, sent = widths(kind[1])
         attended = 0 if written else (s * H + 4) * n
-        return s * ((outputs + sent) * D + (n + 2 * k) * H + (2 if gated else 1) * width) + attended
+        heads = n * H + k * both + narrow
+        return s * ((outputs + sent) * D + heads + (2 if gated else 1) * width) + attended
 
-    kinds, P = cfg.layer_kinds, cfg.period
+    kinds, P, first = cfg.layer_kinds, cfg.period, cfg.first_dense
     if cfg.remat == "none":
         return sum(map(whole, kinds))
-    units = cfg.num_layers // P + cfg.num_layers % P  # a layer of the tail is a unit of its own
+    units = cfg.num_layers - cfg.repeats * (P - 1)  # a layer beside the stack is a unit of its own
     kept = {"minimal": sum(map(products, kinds)), "full": units * s * D}.get(cfg.remat, 0)  # else on the host
-    return kept + sum(map(whole, kinds[:P]))
+    return kept + sum(map(whole, kinds[first : first + P]))
 
 
 # --- Tables for people ---

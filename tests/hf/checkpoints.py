@@ -29,6 +29,17 @@ LLAMA3 = dict(
 )
 YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=16)
 MOE = dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=40)
+LATENT = SIZES | dict(
+    num_key_value_heads=6,
+    kv_lora_rank=20,
+    q_lora_rank=28,
+    qk_nope_head_dim=10,
+    qk_rope_head_dim=8,
+    v_head_dim=14,
+    n_routed_experts=6,
+    n_shared_experts=1,
+    moe_intermediate_size=40,
+)
 
 # case -> (model_type, fields of its config)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -60,6 +71,59 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         SIZES | MOE | dict(shared_expert_intermediate_size=56, decoder_sparse_step=2, norm_topk_prob=False),
     ),
     "qwen3-moe": ("qwen3_moe", SIZES | MOE | dict(head_dim=24, norm_topk_prob=True)),
+    "gpt-oss": (
+        "gpt_oss",
+        SIZES
+        | dict(head_dim=24, num_local_experts=5, num_experts_per_tok=2, sliding_window=7, swiglu_limit=1.0),
+    ),
+    "gpt-oss-yarn": (
+        "gpt_oss",
+        SIZES
+        | dict(
+            head_dim=24,
+            num_local_experts=5,
+            num_experts_per_tok=3,
+            sliding_window=5,
+            layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+            rope_parameters=YARN | dict(truncate=False),
+        ),
+    ),
+    "deepseek-v2": (
+        "deepseek_v2",
+        LATENT | dict(q_lora_rank=None, num_experts_per_tok=3, n_shared_experts=2),
+    ),
+    "deepseek-v2-groups": (
+        "deepseek_v2",
+        LATENT
+        | dict(
+            topk_method="group_limited_greedy",
+            n_group=3,
+            topk_group=2,
+            num_experts_per_tok=2,
+            first_k_dense_replace=1,
+            routed_scaling_factor=1.5,
+            rope_parameters=YARN | dict(mscale=0.707, mscale_all_dim=0.707),
+        ),
+    ),
+    "deepseek-v3": (
+        "deepseek_v3",
+        LATENT | dict(n_group=3, topk_group=2, num_experts_per_tok=3, first_k_dense_replace=1),
+    ),
+    "deepseek-v3-yarn": (
+        "deepseek_v3",
+        LATENT
+        | dict(
+            n_group=1,
+            topk_group=1,
+            num_experts_per_tok=2,
+            first_k_dense_replace=2,
+            q_lora_rank=None,
+            attention_bias=True,
+            norm_topk_prob=False,
+            rope_interleave=False,
+            rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=0.5),
+        ),
+    ),
     "gemma": ("gemma", SIZES | dict(head_dim=24)),
     "gemma2": ("gemma2", SIZES | dict(head_dim=24, sliding_window=7, query_pre_attn_scalar=20)),
     "gemma3": (
@@ -225,5 +289,8 @@ def make(case: str, folder: Path) -> Any:
                 p.copy_(0.3 * torch.randn(p.shape) + (1.0 if "norm" in name or "ln_" in name else 0.0))
             else:
                 p.copy_(torch.randn(p.shape) * (0.5 if "embed" in name else 1.5 * p.shape[-1] ** -0.5))
+        for name, b in model.named_buffers():
+            if "correction_bias" in name:
+                b.copy_(0.1 * torch.randn(b.shape))
     model.save_pretrained(folder)
     return model

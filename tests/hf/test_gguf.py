@@ -104,6 +104,55 @@ def test_a_gguf_file_holds_the_folders_model_as_its_type_rounds_it(folder, tmp_p
     assert (np.asarray(ours.params["embed"]["table"]) == before).all() == (kind == "F32")
 
 
+K_QUANTS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+
+
+def test_k_quants_are_read_as_the_packages_own_code_dequantises_them(tmp_path):
+    """Random blocks, as `gguf` writes none of these: any bytes are numbers, but for the scales in half."""
+    cfg = dataclasses.replace(CFG, num_layers=1, model_dim=256, mlp_dim=512)
+    params = transformer.init(cfg, jax.random.key(0))
+    save(Pretrained(cfg, params, FAMILIES["llama"], {}), tmp_path / "folder")
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    for name, value in dict(block_count=1, context_length=64, embedding_length=256).items():
+        getattr(writer, f"add_{name}")(value)
+    for name, value in dict(feed_forward_length=512, head_count=4, head_count_kv=2).items():
+        getattr(writer, f"add_{name}")(value)
+    writer.add_layer_norm_rms_eps(1e-5)
+    names, rng, want = {ours: theirs for theirs, ours in _NAMES.items()}, np.random.default_rng(0), {}
+    matrices = 0
+    for name, w in load_file(tmp_path / "folder" / "model.safetensors").items():
+        theirs = names[name.replace(".layers.0.", ".layers.{i}.")].replace("{i}", "0")
+        if w.ndim == 1:
+            writer.add_tensor(theirs, w)
+            want[name] = w
+            continue
+        kind = gguf.GGMLQuantizationType[K_QUANTS[matrices % len(K_QUANTS)]]
+        matrices += 1
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        data = rng.integers(0, 256, (w.shape[0], w.shape[1] // block, size), dtype=np.uint8)
+        halves = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+        for at in halves[kind.name]:
+            scale = rng.uniform(1e-4, 1e-3, data.shape[:2]).astype(np.float16)
+            data[..., at : at + 2] = scale[..., None].view(np.uint8)
+        data = data.reshape(w.shape[0], -1)
+        writer.add_tensor(theirs, data, raw_dtype=kind)
+        plain = gguf.dequantize(data, kind)
+        assert plain.shape == w.shape
+        assert np.isfinite(plain).all()
+        heads = 4 if "q_proj" in name else 2 if "k_proj" in name else 0
+        want[name] = restored(plain, heads) if heads else plain
+    assert matrices >= len(K_QUANTS)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    save_file(want, tmp_path / "folder" / "model.safetensors", metadata={"format": "pt"})
+    same, ours = (jaxlm.hf.load(tmp_path / p) for p in ("folder", "model.gguf"))
+    assert ours.cfg == dataclasses.replace(same.cfg, param_dtype="float32")
+    for (name, a), (_, b) in zip(named_leaves(same.params), named_leaves(ours.params), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b), name)
+
+
 def test_the_tokenizer_in_a_gguf_file_is_written_out(folder, tmp_path):
     pytest.importorskip("tokenizers")
     write(folder, tmp_path / "model.gguf", TYPES["F32"])

@@ -27,6 +27,11 @@ VARIANTS = {
     "sigmoid": dataclasses.replace(BASE, router="sigmoid", routed_scale=2.5, bias_balancing=True),
     "sigmoid-raw": dataclasses.replace(BASE, router="sigmoid", normalize=False),
     "shared": dataclasses.replace(BASE, shared_experts=2, expert_dim=6),
+    "biases": dataclasses.replace(BASE, bias=True),
+    "groups": dataclasses.replace(BASE, groups=2, normalize=False),
+    "groups-sigmoid": dataclasses.replace(
+        BASE, groups=2, group_best=2, router="sigmoid", bias_balancing=True
+    ),
 }
 DISPATCHES = {
     "dense": dict(dispatch="dropless", dropless_backend="dense"),
@@ -55,9 +60,15 @@ def params_of(cfg, seed=1, activation="swiglu"):
     rng = np.random.default_rng(seed)
 
     def leaf(name, s):
-        scale = (
-            0.3 if name.endswith("router_bias") else 1.0 if name.endswith("router_w") else s.shape[-2] ** -0.5
-        )
+        fixed = {
+            "router_bias": 0.3,
+            "router_b": 0.3,
+            "router_w": 1.0,
+            "b_up": 0.5,
+            "b_gate": 0.5,
+            "b_down": 0.5,
+        }
+        scale = fixed.get(name.rsplit("/", 1)[-1]) or s.shape[-2] ** -0.5
         return jnp.asarray(rng.normal(size=s.shape) * scale, jnp.float32)
 
     return map_named(leaf, shapes)
@@ -86,10 +97,11 @@ def naive(cfg, params, x_BTD, mask_BT):
     y_BTD = np.zeros_like(x_BTD)
     kept, dropped, balance, z, max_load = {}, 0, 0.0, 0.0, 0.0
     load_E = np.zeros(E)
+    expert = ("w_gate", "w_up", "w_down", *(("b_gate", "b_up", "b_down") if cfg.bias else ()))
     room = capacity(cfg, T) if cfg.dispatch == "capacity" else T
 
-    def mlp(x, gate, up, down):
-        return (silu(x @ gate) * (x @ up)) @ down
+    def mlp(x, gate, up, down, b_gate=0, b_up=0, b_down=0):
+        return (silu(x @ gate + b_gate) * (x @ up + b_up)) @ down + b_down
 
     for b in range(x_BTD.shape[0]):
         taken, row_load, row_share, n = [0] * E, [0] * E, np.zeros(E), int(mask_BT[b].sum())
@@ -99,14 +111,17 @@ def naive(cfg, params, x_BTD, mask_BT):
                 y_BTD[b, t] += mlp(x, *(p[f"shared_{w}"] for w in ("w_gate", "w_up", "w_down")))
             if not mask_BT[b, t]:
                 continue
-            logits = x @ p["router_w"]
+            logits = x @ p["router_w"] + (p["router_b"] if cfg.bias else 0)
             if cfg.router == "softmax":
                 scores = np.exp(logits - logits.max())
                 scores = scores / scores.sum()
             else:
                 scores = 1 / (1 + np.exp(-logits))
             ranked = scores + (p["router_bias"] if cfg.bias_balancing else 0)
-            chosen = sorted(range(E), key=lambda e: -ranked[e])[: cfg.top_k]
+            members = np.split(np.arange(E), cfg.groups)
+            score = lambda group: sum(sorted(ranked[group])[-cfg.group_best :])  # noqa: B023, E731
+            able = np.concatenate(sorted(members, key=score)[-cfg.top_groups :])
+            chosen = sorted(able, key=lambda e: -ranked[e])[: cfg.top_k]
             total = sum(scores[e] for e in chosen) if cfg.normalize else 1.0
             row_share += scores / scores.sum()
             z += np.log(np.exp(logits).sum()) ** 2
@@ -118,7 +133,7 @@ def naive(cfg, params, x_BTD, mask_BT):
                 taken[e] += 1
                 kept.setdefault((b, t), []).append(e)
                 weight = cfg.routed_scale * scores[e] / total
-                y_BTD[b, t] += weight * mlp(x, *(p[w][e] for w in ("w_gate", "w_up", "w_down")))
+                y_BTD[b, t] += weight * mlp(x, *(p[w][e] for w in expert))
         load_E += row_load
         max_load += n * max(row_load) / (cfg.top_k * n / E)
         balance += n * E * sum(row_load[e] / (cfg.top_k * n) * row_share[e] / n for e in range(E))
@@ -129,7 +144,8 @@ def naive(cfg, params, x_BTD, mask_BT):
     ("variant", "dispatch"),
     [(v, "dense") for v in VARIANTS]
     + [("sigmoid", d) for d in DISPATCHES if d != "dense"]
-    + [("top1", "dropping")],
+    + [("top1", "dropping")]
+    + [("biases", d) for d in ("loop", "ragged", "capacity")],
 )
 def test_equals_a_loop_over_tokens_and_experts(variant, dispatch):
     cfg = dataclasses.replace(VARIANTS[variant], **DISPATCHES[dispatch])
@@ -413,6 +429,10 @@ def test_auto_backend_is_a_matter_of_record():
 AXES = {
     "router_w": ("embed", None),
     "router_bias": (None,),
+    "router_b": (None,),
+    "b_gate": ("experts", "expert_mlp"),
+    "b_up": ("experts", "expert_mlp"),
+    "b_down": ("experts", None),
     "w_gate": ("experts", "embed", "expert_mlp"),
     "w_up": ("experts", "embed", "expert_mlp"),
     "w_down": ("experts", "expert_mlp", "embed"),
@@ -472,6 +492,17 @@ def test_a_mesh_equals_one_device(mesh, dispatch, fields, monkeypatch):
         assert set(gathered) <= {"s32"}, gathered  # how many choices each expert gets
         if mesh == EXPERT4:
             assert bool(gathered) == (dispatch != "dropping")
+    assert_trees_close(got, want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dispatch", ["loop", "dropping", "dense"])
+def test_biases_are_added_once_on_a_mesh_that_splits_an_experts_width(dispatch):
+    cfg = routed(dispatch, bias=True)
+    params, (x_BTD, mask_BT) = params_of(cfg), batch(rows=8)
+    want = gradients(cfg, params, x_BTD, mask_BT)
+    got, _, placed = on_mesh(cfg, PRODUCT, params, x_BTD, mask_BT)
+    assert placed["params"]["b_up"].addressable_shards[0].data.shape == (E // 2, F // 2)
     assert_trees_close(got, want)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from jaxlm.errors import UserError
 from jaxlm.model import transformer as tf
-from jaxlm.model.attention import AttentionConfig
+from jaxlm.model.attention import AttentionConfig, LatentConfig
 from jaxlm.model.moe import MoEConfig
 from jaxlm.model.positions import PositionConfig
 from jaxlm.tree import map_named, named_leaves
@@ -65,9 +65,42 @@ VARIANTS = {
         mlp_bias=True,
         tie_embeddings=True,
     ),
+    # GPT-3: every other layer sees a band.
+    "banded": dataclasses.replace(
+        SMALL,
+        num_layers=4,
+        norm="layernorm",
+        activation="gelu_tanh",
+        mlp_bias=True,
+        tie_embeddings=True,
+        attention=AttentionConfig(
+            num_heads=4, qkv_bias=True, out_bias=True, pattern=("global", "local"), window=3
+        ),
+        position=POSITIONS["learned"],
+    ),
     "post": dataclasses.replace(SMALL, norm_position="post", norm="layernorm", activation="relu2"),
     "parallel": dataclasses.replace(SMALL, parallel_block=True, activation="geglu"),
     "moe": dataclasses.replace(SMALL, num_layers=4, mlp_pattern=("dense", "moe"), moe=MOE),
+    # A leading layer, two periods and a tail.
+    "latent": dataclasses.replace(
+        SMALL,
+        num_layers=6,
+        first_dense=1,
+        mlp_pattern=("moe",),
+        moe=dataclasses.replace(MOE, router="sigmoid", groups=2, group_best=2, bias=True),
+        activation="quick_geglu",
+        gate_limit=1.0,
+        attention=AttentionConfig(
+            num_heads=4,
+            pattern=("local", "global"),
+            window=3,
+            sinks=True,
+            qkv_bias=True,
+            out_bias=True,
+            latent=LatentConfig(kv_rank=10, q_rank=12, nope_dim=6, rope_dim=4, value_dim=5),
+        ),
+        position=PositionConfig(interleaved=True),
+    ),
 }
 
 
@@ -78,6 +111,7 @@ EXTRA = (
     "position_sinusoidal",
     "position_none",
     "position_learned",
+    "banded",
     "post",
     "parallel",
 )
@@ -196,6 +230,8 @@ def test_decoding_through_the_cache_equals_the_forward_pass(name):
     [
         ("mixed", False, "none"),
         ("mixed", True, "full"),
+        pytest.param("latent", False, "minimal", marks=pytest.mark.slow),
+        pytest.param("latent", True, "full", marks=pytest.mark.slow),
         pytest.param("moe", False, "minimal", marks=pytest.mark.slow),
         pytest.param("moe", True, "full", marks=pytest.mark.slow),
         pytest.param("everything", False, "full", marks=pytest.mark.slow),
@@ -351,6 +387,8 @@ def test_bidirectional_and_prefix_masks():
         (dict(model_dim=30), ["model.model_dim=30", "num_heads=4", "32"]),
         (dict(activation="swigul"), ["swigul", "did you mean 'swiglu'"]),
         (dict(mlp_pattern=("moe",)), ["num_experts=0", "moe"]),
+        (dict(first_dense=2), ["first_dense=2", "num_layers=2"]),
+        (dict(gate_limit=7.0, activation="gelu"), ["gate_limit=7.0", "gelu"]),
         (dict(norm_position="mid"), ["mid", "sandwich"]),
         (dict(dropout=1.0), ["dropout=1.0"]),
         (dict(remat="fulll"), ["did you mean 'full'"]),

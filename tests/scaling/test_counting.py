@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
-from jaxlm.model.attention import AttentionConfig
+from jaxlm.model.attention import AttentionConfig, LatentConfig
 from jaxlm.model.masks import Mask
 from jaxlm.model.moe import MoEConfig
 from jaxlm.model.positions import PositionConfig
@@ -41,6 +41,15 @@ GPT2 = TransformerConfig(
     attention=AttentionConfig(num_heads=12, qkv_bias=True, out_bias=True),
     position=PositionConfig(kind="learned", max_length=1024),
 )
+GPT3 = dataclasses.replace(
+    GPT2,
+    num_layers=96,
+    model_dim=12288,
+    attention=AttentionConfig(
+        num_heads=96, qkv_bias=True, out_bias=True, pattern=("global", "local"), window=256
+    ),
+    position=PositionConfig(kind="learned", max_length=2048),
+)
 LLAMA3_8B = TransformerConfig(
     vocab_size=128256,
     num_layers=32,
@@ -50,6 +59,35 @@ LLAMA3_8B = TransformerConfig(
 )
 MIXTRAL = dataclasses.replace(
     LLAMA3_8B, vocab_size=32000, mlp_pattern=("moe",), moe=MoEConfig(num_experts=8, top_k=2)
+)
+DEEPSEEK_V3 = TransformerConfig(
+    vocab_size=129280,
+    num_layers=61,
+    model_dim=7168,
+    mlp_dim=18432,
+    first_dense=3,
+    mlp_pattern=("moe",),
+    moe=MoEConfig(
+        num_experts=256, top_k=8, expert_dim=2048, shared_experts=1, router="sigmoid", bias_balancing=True
+    ),
+    attention=AttentionConfig(
+        num_heads=128,
+        latent=LatentConfig(kv_rank=512, q_rank=1536, nope_dim=128, rope_dim=64, value_dim=128),
+    ),
+)
+GPT_OSS_20B = TransformerConfig(
+    vocab_size=201088,
+    num_layers=24,
+    model_dim=2880,
+    mlp_dim=2880,
+    mlp_pattern=("moe",),
+    moe=MoEConfig(num_experts=32, top_k=4, bias=True),
+    attention=AttentionConfig(
+        num_heads=64, num_kv_heads=8, head_dim=64, sinks=True, qkv_bias=True, out_bias=True
+    ),
+)
+LATENT = AttentionConfig(
+    num_heads=4, latent=LatentConfig(kv_rank=128, q_rank=96, nope_dim=64, rope_dim=32, value_dim=48)
 )
 SMALL = TransformerConfig(vocab_size=512, num_layers=4, model_dim=256, attention=AttentionConfig(num_heads=4))
 SMALL_MOE = MoEConfig(
@@ -63,8 +101,11 @@ SMALL_MOE = MoEConfig(
     ("cfg", "total", "active"),
     [
         (GPT2, 124_439_808, 124_439_808),  # Radford et al. 2019, as loaded from the release
+        (GPT3, 174_604_259_328, 174_604_259_328),  # "175B", arXiv:2005.14165; it does not say its window
         (LLAMA3_8B, 8_030_261_248, 8_030_261_248),  # Hugging Face meta-llama/Meta-Llama-3-8B
         (MIXTRAL, 46_702_792_704, 12_879_925_248),  # Hugging Face mistralai/Mixtral-8x7B-v0.1
+        (DEEPSEEK_V3, 671_026_419_200, 37_552_297_472),  # "671B total, 37B activated", arXiv:2412.19437
+        (GPT_OSS_20B, 20_914_757_184, 4_187_440_704),  # "20.91B", and "3.61B" without the embeddings
     ],
 )
 def test_published_parameter_counts(cfg, total, active):
@@ -99,6 +140,12 @@ def test_rooms_of_a_tied_and_an_untied_model():
         dict(
             attention=AttentionConfig(num_heads=4, pattern=("local", "local", "global"), window=16)
         ),  # with a tail
+        dict(
+            attention=dataclasses.replace(LATENT, qkv_bias=True, out_bias=True),
+            first_dense=1,
+            mlp_pattern=("moe",),
+            moe=dataclasses.replace(SMALL_MOE, bias=True),
+        ),
     ],
 )
 def test_every_leaf_is_counted_once(changes):
@@ -112,7 +159,7 @@ def test_every_leaf_is_counted_once(changes):
         if (
             len(axes) > 1
             and not name.startswith(("embed", "position_bias", "head", "pooler", "classifier"))
-            and name[-2] != "b"
+            and not name.split("/")[-1].startswith("b")
         ):
             products += leaf.size * cfg.moe.top_k // cfg.moe.num_experts if "experts" in axes else leaf.size
     assert counted.body_products == products
@@ -247,6 +294,12 @@ XLA_CASES = {
     "windowed": dataclasses.replace(
         XLA, attention=AttentionConfig(num_heads=4, pattern=("local", "global"), window=64)
     ),
+    "latent": dataclasses.replace(
+        XLA,
+        attention=AttentionConfig(
+            num_heads=4, latent=LatentConfig(kv_rank=256, q_rank=192, nope_dim=128, rope_dim=64, value_dim=96)
+        ),
+    ),
     # Capacity factor 1: experts x capacity = top_k x tokens, so XLA's static shapes hold no spare slots.
     "routed": dataclasses.replace(
         XLA, mlp_pattern=("dense", "moe"), activation="swiglu", mlp_dim=768, moe=SMALL_MOE
@@ -329,8 +382,9 @@ def kept_for_backward(cfg, batch, seq_len):
         dict(parallel_block=True),
         dict(attention=AttentionConfig(num_heads=4, num_kv_heads=1)),
         dict(mlp_pattern=("moe",), moe=SMALL_MOE),
+        dict(attention=LATENT),
     ],
-    ids=["gated", "bf16", "gelu", "sandwich", "post", "parallel", "multi-query", "moe"],
+    ids=["gated", "bf16", "gelu", "sandwich", "post", "parallel", "multi-query", "moe", "latent"],
 )
 def test_activations_are_what_autodiff_keeps(changes, remat):
     cfg = dataclasses.replace(SMALL, remat=remat, num_layers=5, **changes)
