@@ -41,7 +41,7 @@ MODELS = {
 }
 
 
-def batch():
+def batch(B=B, T=T):
     rng = np.random.default_rng(0)
     segments = np.ones((B, T), np.int32)
     positions = np.tile(np.arange(T, dtype=np.int32), (B, 1))
@@ -51,7 +51,7 @@ def batch():
     return jnp.asarray(rng.integers(0, V, (B, T)), jnp.int32), jnp.asarray(segments), jnp.asarray(positions)
 
 
-def values(cfg, mesh, key=None):
+def values(cfg, mesh, key=None, shape=(B, T)):
     """(hidden states, auxiliary values, gradients), and the program."""
     layout = make_layout(mesh)
 
@@ -64,7 +64,7 @@ def values(cfg, mesh, key=None):
     with use(layout):
         shardings = tree_shardings(layout, tf.abstract_params(cfg), tf.AXES)
         params = jax.jit(partial(tf.init, cfg), out_shardings=shardings)(jax.random.key(0))
-        rows = [jax.device_put(x, layout.sharding(("batch", "length"))) for x in batch()]
+        rows = [jax.device_put(x, layout.sharding(("batch", "length"))) for x in batch(*shape)]
         step = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(params, *rows).compile()
         (_, (hidden, aux)), grads = step(params, *rows)
     return jax.device_get((hidden, aux, grads)), step.as_text(), params
@@ -73,17 +73,17 @@ def values(cfg, mesh, key=None):
 _scanned = {}
 
 
-def assert_equal(name, mesh):
+def assert_equal(name, mesh, shape=(B, T)):
     cfg = MODELS[name]
     if name not in _scanned:
-        _scanned[name] = values(cfg, MeshConfig(data=1))[:2]
+        _scanned[name] = values(cfg, MeshConfig(data=1), shape=shape)[:2]
     (want, want_aux, want_grads), plain = _scanned[name]
-    (got, aux, grads), program, params = values(cfg, mesh)
+    (got, aux, grads), program, params = values(cfg, mesh, shape=shape)
     assert "collective-permute" in program
     assert "collective-permute" not in plain
     wq = params["blocks"]["0"]["attention"]["wq"]
     assert wq.addressable_shards[0].data.shape[0] == wq.shape[0] // mesh.pipe
-    real = np.asarray(batch()[1]) != 0
+    real = np.asarray(batch(*shape)[1]) != 0
     np.testing.assert_allclose(got[real], want[real], rtol=2e-5, atol=2e-5)
     for leaf, a in named_leaves(want_aux):
         np.testing.assert_allclose(dict(named_leaves(aux))[leaf], a, rtol=1e-5, err_msg=leaf)
@@ -104,6 +104,14 @@ def assert_equal(name, mesh):
 )
 def test_a_pipeline_equals_a_scan_in_values_sums_and_every_gradient_leaf(name, mesh):
     assert_equal(name, mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("context", ["gather", "ulysses"])
+def test_a_kernel_sees_its_part_of_the_columns_inside_a_stage(context):
+    attention = dataclasses.replace(DENSE.attention, backend="splash_interpret", context=context)
+    MODELS[context] = dataclasses.replace(DENSE, num_layers=2, attention=attention)
+    assert_equal(context, MeshConfig(data=1, pipe=2, sequence=2), shape=(2, 256))
 
 
 def test_dropout_is_drawn_for_every_microbatch_and_layer():

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxlm.errors import UserError
+from jaxlm.errors import UserError, check
 from jaxlm.model import splash as splash_kernel
 from jaxlm.model.cudnn import cudnn
 from jaxlm.model.dense_attention import blocked, query_blocks, reference, xla
@@ -35,19 +35,32 @@ class Backend:
     platform: str = ""  # where it runs; '' = everywhere
     widths: bool = False  # values may be wider or narrower than keys; others get them padded with zeros
     cached: str = ""  # backend of the calls through a cache, if it cannot make them itself
+    dtypes: tuple[str, ...] = ()  # of the operands; none named = all
+    accum: str = ""  # dtype of its sums, if it has but one
+    head_dims: tuple[int, int] = (1, 0)  # multiples of the first, up to the second; 0 = no bound
 
 
 _KERNEL = dict(bias=False, allowed=False, unordered=False, cached="blocked")
-_SPLASH = dict(softcap=True, sinks=True, tiled=True, **_KERNEL)
+_SPLASH = dict(softcap=True, sinks=True, tiled=True, accum="float32", **_KERNEL)
 BACKENDS: dict[str, Backend] = {
     "blocked": Backend(blocked, softcap=True, sinks=True, bias=True, widths=True),
     "reference": Backend(reference, softcap=True, sinks=True, bias=True, widths=True),
     "xla": Backend(xla, softcap=False, sinks=False, bias=True),
-    "splash": Backend(splash, **_SPLASH, platform="tpu"),
+    # A TPU's matrix unit would round fp32 to bf16 inside the kernel, in the backward pass too.
+    "splash": Backend(splash, **_SPLASH, platform="tpu", dtypes=("bfloat16",)),
     "splash_interpret": Backend(
         partial(splash, interpret=True), **_SPLASH
     ),  # for tests: slow, on any platform
-    "cudnn": Backend(cudnn, softcap=False, sinks=False, **_KERNEL, platform="gpu"),
+    "cudnn": Backend(
+        cudnn,
+        softcap=False,
+        sinks=False,
+        **_KERNEL,
+        platform="gpu",
+        dtypes=("bfloat16", "float16"),
+        accum="float32",
+        head_dims=(8, 256),  # 256 on Hopper and later; 128 before, which JAX checks
+    ),
 }
 NAMES = {
     "bias": "additive bias (alibi, t5)",
@@ -70,6 +83,25 @@ def check_backend(name: str, **wanted: bool) -> None:
         able = [n for n, b in BACKENDS.items() if all(getattr(b, what) for what in needs)]
         advice = f"use {' or '.join(map(repr, able))}" if able else "no backend has all that is asked for"
         raise UserError(f"model.attention.backend={name!r} has no {' and no '.join(lacking)}; {advice}")
+
+
+def check_limits(name: str, *, dtype: str, accum: str, head_dim: int) -> None:
+    """Raise `UserError` if the backend does not take operands of that dtype or heads of that size."""
+    row = BACKENDS[name]
+    check(
+        not row.dtypes or dtype in row.dtypes,
+        f"model.dtype={dtype!r}: backend {name!r} multiplies in {' or '.join(row.dtypes)}; use that, or "
+        "model.attention.backend='blocked'",
+    )
+    check(
+        not row.accum or accum == row.accum,
+        f"model.accum_dtype={accum!r}: backend {name!r} sums in {row.accum}",
+    )
+    unit, most = row.head_dims
+    check(
+        head_dim % unit == 0 and (not most or head_dim <= most),
+        f"head_dim={head_dim}: backend {name!r} takes multiples of {unit} up to {most}; use 'blocked'",
+    )
 
 
 def attend(
@@ -122,6 +154,7 @@ def attend(
             f"model.attention.backend={backend!r} runs on a {row.platform.upper()}, and this is a "
             f"{platform().upper()}; use 'blocked', which runs everywhere"
         )
+    check_limits(backend, dtype=dtype, accum=accum, head_dim=q_BTNH.shape[-1])
     scale = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
     options = dict(
         scale=scale, bias_BNTS=bias_BNTS, softcap=softcap, sinks_N=sinks_N, dtype=dtype, accum=accum

@@ -6,7 +6,7 @@ import math
 from jaxlm.errors import UserError, check, check_choice
 from jaxlm.model import positions as pos
 from jaxlm.model.attention import AttentionConfig
-from jaxlm.model.backends import check_backend
+from jaxlm.model.backends import check_backend, check_limits
 from jaxlm.model.context_parallel import check_context
 from jaxlm.model.layers import ACTIVATIONS, NORMS
 from jaxlm.model.moe import MoEConfig
@@ -175,7 +175,8 @@ class TransformerConfig:
             bias=self.position.kind in ("alibi", "t5"),
             tiled=self.attention.tile_q > 0 or self.attention.tile_k > 0,
         )
-
+        dtypes = dict(dtype=self.dtype, accum=self.accum_dtype)
+        check_limits(self.attention.backend, head_dim=self.head_dim, **dtypes)
         check_context(self.attention.context, bias=self.position.kind in ("alibi", "t5"))
         check(
             self.attention.context != "ring" or not has_moe or self.moe.dispatch != "capacity",

@@ -160,7 +160,7 @@ def attend_split(
             allowed_BTS=a.get("allowed"),
         )
         if context == "gather":
-            seen = dataclasses.replace(seen, part=(axis, parts))
+            seen = dataclasses.replace(seen, part=(a["here"][0], parts))
             return attend(q, whole(k), whole(v), seen, **extra, **options)
         trade = partial(jax.lax.all_to_all, axis_name=axis, split_axis=2, concat_axis=1, tiled=True)
         seen = dataclasses.replace(seen, q_positions_BT=seen.k_positions_BS, q_segments_BT=seen.k_segments_BS)

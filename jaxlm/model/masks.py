@@ -14,8 +14,8 @@ class Mask:
     of a segment, and `window` counts the query itself. `ordered` promises that query i and key i are one
     token and that positions grow along a segment: then nothing after column i is visible to a causal query,
     and nothing `window` columns before it, and a backend may leave those keys out unseen. With a `part` the
-    queries are but a part of those columns: of so many equal ones, the one whose number is this device's
-    index along the mesh axes, inside a `shard_map` over them.
+    queries are but a part of those columns, inside a `shard_map` that splits them: of so many equal ones, the
+    one of that number.
     """
 
     q_positions_BT: Int[Array, "B T"]
@@ -26,7 +26,7 @@ class Mask:
     window: int = 0
     allowed_BTS: Bool[Array, "B T S"] | None = None
     ordered: bool = False
-    part: tuple[tuple[str, ...], int] | None = None  # (mesh axes, number of parts)
+    part: tuple[Int[Array, ""], int] | None = None  # (which, of how many)
 
     def visible_BTS(self) -> Bool[Array, "#B T S"]:
         """The mask written out."""

@@ -143,16 +143,10 @@ def splash(
     padded to a multiple of 128 columns, unless the queries are a part of them.
 
     Raises:
-        UserError: tiles that do not fit the rows, sums that are not fp32, or operands that are not bf16 on a
-            TPU (whose matrix unit would round fp32 to bf16 inside the kernel, in the backward pass too).
+        UserError: tiles that do not fit the rows.
     """
     assert bias_BNTS is None, "check_backend lets no bias through"
     assert mask.allowed_BTS is None, "attend lets no further mask through"
-    check(accum == "float32", f"model.accum_dtype={accum!r}: backend 'splash' sums in float32")
-    check(
-        interpret or dtype == "bfloat16",
-        f"model.dtype={dtype!r}: backend 'splash' multiplies in bfloat16; use it, or backend 'blocked'",
-    )
     T, S = q_BTNH.shape[1], k_BSKH.shape[1]
     tiles = tile_size(T, tile_q, "tile_q"), tile_size(S, tile_k, "tile_k")
     if mask.part is not None:
@@ -168,14 +162,15 @@ def splash(
     if k_segments_BS is None and (T % LANES or S % LANES):
         q_segments_BT, k_segments_BS = (jnp.ones(x.shape[:2], jnp.int32) for x in (q_BTNH, k_BSKH))
 
+    here, parts = mask.part or (None, 1)
+
     def on_device(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, sinks_N):
         q, k, v = (_pad(x.astype(dtype), LANES).swapaxes(1, 2) for x in (q_BTNH * scale, k_BSKH, v_BSKH))
-        axes, parts = mask.part or ((), 1)
         lazy = _lazy_mask(q.shape[2] * parts, k.shape[2], mask.causal, mask.window)
         options = dict(softcap=softcap, interpret=interpret)
         kernel = make_kernel(lazy, q.shape[1], *tiles, parts=parts, **options)
         if parts > 1:
-            kernel = own_part(kernel, jax.lax.axis_index(axes), parts)
+            kernel = own_part(kernel, here, parts)
         segments = None
         if k_segments_BS is not None:
             segments = _library()[0].SegmentIds(_pad(q_segments_BT, LANES), _pad(k_segments_BS, LANES))

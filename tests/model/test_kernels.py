@@ -144,7 +144,7 @@ def test_splash_of_a_part_of_the_columns_skips_what_that_part_cannot_see(window)
     def run(x, positions, segments):
         whole = lambda a: jax.lax.all_gather(a, "sequence", axis=1, tiled=True)  # noqa: E731
         sides = (positions, whole(positions), segments, whole(segments))
-        mask = Mask(*sides, window=window, ordered=True, part=(("sequence",), 4))
+        mask = Mask(*sides, window=window, ordered=True, part=(jax.lax.axis_index("sequence"), 4))
         return attend(x["q"], whole(x["k"]), whole(x["v"]), mask, backend="splash_interpret")
 
     def loss(x):
@@ -246,6 +246,26 @@ def test_splash_multiplies_in_bfloat16_on_a_tpu(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("backend", "fields", "message"),
+    [
+        ("splash", dict(dtype="float32"), r"model.dtype='float32': backend 'splash' multiplies in bfloat16"),
+        (
+            "splash",
+            dict(accum_dtype="bfloat16"),
+            r"model.accum_dtype='bfloat16': backend 'splash' sums in fl",
+        ),
+        ("cudnn", dict(dtype="float32"), r"backend 'cudnn' multiplies in bfloat16 or float16; use that, or"),
+        ("cudnn", dict(model_dim=48), r"head_dim=12: backend 'cudnn' takes multiples of 8 up to 256"),
+    ],
+)
+def test_what_a_kernel_does_not_take_is_refused_with_the_config(backend, fields, message):
+    good = dict(dtype="bfloat16", model_dim=64, attention=AttentionConfig(backend=backend))
+    TransformerConfig(**good)
+    with pytest.raises(UserError, match=message):
+        TransformerConfig(**good | fields)
+
+
+@pytest.mark.parametrize(
     ("causal", "window", "segmented"),
     [(True, 0, False), (True, 7, True), (False, 0, True), (False, 7, True), (False, 7, False)],
 )
@@ -273,10 +293,10 @@ def test_what_cudnn_is_asked_for_means_our_mask(monkeypatch, causal, window, seg
     real = np.ones((B, 32), bool) if segments is None else segments != 0
     np.testing.assert_allclose(got[real], want[real], atol=4e-3)
     with pytest.raises(
-        UserError, match=r"'cudnn' with model\.dtype='float32' is not one of 'bfloat16', 'float16'"
+        UserError, match=r"model\.dtype='float32': backend 'cudnn' multiplies in bfloat16 or float16"
     ):
         attend(x["q"], x["k"], x["v"], mask, backend="cudnn")
-    part = dataclasses.replace(mask, part=(("sequence",), 2))
+    part = dataclasses.replace(mask, part=(jnp.int32(0), 2))
     with pytest.raises(UserError, match="backend 'cudnn' takes whole rows"):
         attend(x["q"], x["k"], x["v"], part, backend="cudnn", dtype="float16")
     with pytest.raises(UserError, match="head_dim=15: backend 'cudnn' takes multiples of 8 up to 256"):
