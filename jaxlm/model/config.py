@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 
 from jaxlm.errors import UserError, check, check_choice
 from jaxlm.model import positions as pos
@@ -187,9 +188,9 @@ class TransformerConfig:
             self._check_encoder()
 
     def _check_encoder(self) -> None:
-        wanted = {"causal": True, "parallel_block": False, "token_types": 0}
+        wanted = {"causal": True, "parallel_block": False, "token_types": 0, "attention.latent.kv_rank": 0}
         for name, value in wanted.items():
-            given = getattr(self, name)
+            given = operator.attrgetter(name)(self)
             check(
                 given == value,
                 f"model.{name}={given!r} with model.encoder.num_layers={self.encoder.num_layers}: a decoder "
