@@ -217,7 +217,7 @@ def _config(values: flags.FlagValues, positional: Sequence[str], config: Any) ->
 
     from jaxlm.config import build, canonical_json, config_hash, flatten
     from jaxlm.mesh_rules import preset
-    from jaxlm.scaling.counting import tables
+    from jaxlm.scaling.count_tables import tables
     from jaxlm.train.run import plan
 
     no_positional("config", positional)

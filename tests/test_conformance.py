@@ -22,6 +22,7 @@ import pytest
 
 from jaxlm.model import transformer as tf
 from jaxlm.model.attention import AttentionConfig, LatentConfig
+from jaxlm.model.config import EncoderConfig
 from jaxlm.model.context_parallel import CONTEXTS
 from jaxlm.model.moe import MoEConfig
 from jaxlm.objectives.lm import LossConfig, make_lm_objective
@@ -32,7 +33,7 @@ from jaxlm.train.state import TrainState, abstract_state, create_state
 from jaxlm.train.step import make_step
 from jaxlm.tree import named_leaves
 
-B, T, V, STEPS = 8, 16, 32, 20
+B, T, S, V, STEPS = 8, 16, 24, 32, 20
 OPTIM = OptimConfig(name="sgd", lr=0.01, momentum=0.9, schedule="constant", warmup=0.0, clip_norm=0.0)
 
 DENSE = tf.TransformerConfig(
@@ -77,6 +78,12 @@ MODELS = {
             num_heads=4, qkv_bias=True, out_bias=True, sinks=True, backend="reference",
             latent=LatentConfig(kv_rank=8, q_rank=8, nope_dim=4, rope_dim=4, value_dim=6),
         ),
+    ),
+    "seq2seq": dataclasses.replace(
+        DENSE,
+        tie_embeddings=True,
+        attention=AttentionConfig(num_heads=8, num_kv_heads=4, head_dim=8, backend="reference"),
+        encoder=EncoderConfig(num_layers=3, mlp_dim=48),
     ),
 }  # fmt: skip
 
@@ -134,6 +141,7 @@ FAST = {
     ("gqa_window", "data2_ring2_tensor2"),
     ("capacity", "fsdp2_tensor2_expert2"),
     ("latent", "fsdp2_tensor2_expert2"),
+    ("seq2seq", "data2_ring2_tensor2"),
 }
 
 
@@ -144,6 +152,7 @@ def fits(cfg: tf.TransformerConfig, mesh: MeshConfig, context: str) -> bool:
         (mesh.expert == 1 or routed)
         and (context != "ring" or not routed or cfg.moe.dispatch != "capacity")
         and cfg.repeats % mesh.pipe == 0
+        and (mesh.pipe == 1 or not cfg.has_encoder)
     )
 
 
@@ -157,8 +166,8 @@ def cases() -> list:
     return [pytest.param(*pair, marks=() if pair in FAST else pytest.mark.slow) for pair in sorted(pairs)]
 
 
-def batch(seed: int) -> dict[str, np.ndarray]:
-    """Two documents in most rows, padding in some, and targets without weight."""
+def batch(seed: int, inputs: bool = False) -> dict[str, np.ndarray]:
+    """Two documents in most rows, padding in some, and targets without weight; and `inputs` of their own."""
     rng = np.random.default_rng(seed)
     segments = np.ones((B, T), np.int32)
     positions = np.tile(np.arange(T, dtype=np.int32), (B, 1))
@@ -166,9 +175,16 @@ def batch(seed: int) -> dict[str, np.ndarray]:
     segments[5:, 13:], positions[5:, 13:] = 0, 0
     weights = ((segments != 0) & (rng.random((B, T)) < 0.8)).astype(np.float32)
     tokens = rng.integers(0, V, (B, T + 1)).astype(np.int32)
-    return dict(
+    rows = dict(
         tokens=tokens[:, :-1], targets=tokens[:, 1:], weights=weights, segments=segments, positions=positions
     )
+    if not inputs:
+        return rows
+    segments, positions = np.ones((B, S), np.int32), np.tile(np.arange(S, dtype=np.int32), (B, 1))
+    segments[2:, 11:], positions[2:, 11:] = 2, np.arange(S - 11)
+    segments[4:, 20:], positions[4:, 20:] = 0, 0
+    read = rng.integers(0, V, (B, S)).astype(np.int32)
+    return dict(rows, inputs=read, input_segments=segments, input_positions=positions)
 
 
 def train(cfg: tf.TransformerConfig, mesh_cfg: MeshConfig, devices: list, state: TrainState) -> tuple:
@@ -183,7 +199,7 @@ def train(cfg: tf.TransformerConfig, mesh_cfg: MeshConfig, devices: list, state:
         state = jax.device_put(state, shardings)
         step = make_step(objective, optimizer, shardings=shardings)
         for n in range(STEPS):
-            rows = jax.device_put(batch(n % 4), layout.sharding(("batch", "length")))
+            rows = jax.device_put(batch(n % 4, cfg.has_encoder), layout.sharding(("batch", "length")))
             state, metrics = step(state, None, rows)
             losses.append(float(metrics["total"][0] / metrics["total"][1]))
             if n == 0:

@@ -13,7 +13,8 @@ from scipy import stats
 
 from jaxlm import sharding
 from jaxlm.errors import UserError
-from jaxlm.generate.decode import Decoder, Generator, bucket, decode_step, decoder, prefill
+from jaxlm.generate.decode import Generator, bucket, decode_step, prefill
+from jaxlm.generate.decoder import Decoder, decoder
 from jaxlm.generate.sampling import SampleConfig, process_logits, row_keys, sample_token, stack_rows
 from jaxlm.model import transformer
 from jaxlm.model.attention import AttentionConfig

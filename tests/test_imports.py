@@ -53,7 +53,7 @@ TOP = {
 }
 TOP |= {f"{name}/{path.stem}" for name in ("sweep", "preflight") for path in (PACKAGE / name).glob("*.py")}
 # The rest of scaling, which fits laws to tables, runs on numpy and scipy and sees only itself and the errors.
-WITH_JAX = {"scaling/counting"}
+WITH_JAX = {"scaling/counting", "scaling/count_tables"}
 FOREIGN = {"experiments", "tools", "tests"}
 
 

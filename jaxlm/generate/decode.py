@@ -19,10 +19,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxlm import sharding
 from jaxlm.errors import UserError
+from jaxlm.generate.decoder import Cache, Decoder
 from jaxlm.generate.sampling import Rows, SampleConfig, row_keys, sample_token, stack_rows
-from jaxlm.model import transformer
 
-Cache = Any
+Inputs = tuple[Int[Array, "B S"], Int[Array, "B S"]]  # of an encoder, and their segments
 
 
 class Tokenizer(Protocol):
@@ -33,46 +33,6 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Decoder:
-    """A model as the decode loop sees it: pure functions, whatever the family."""
-
-    # (params, tokens_BT, segments_BT, positions_BT, cache) -> (hidden_BTD, cache); segment 0 is not written
-    apply: Callable[[Any, Array, Array, Array, Cache], tuple[Array, Cache]]
-    unembed: Callable[[Any, Array], Array]  # (params, hidden_BTD) -> logits_BTV, fp32
-    init_cache: Callable[[int, int], Cache]  # (rows, positions a row can hold) -> empty cache
-    vocab_size: int
-    max_length: int = 0  # positions that the model knows; 0 = no limit
-
-
-def decoder(cfg: transformer.TransformerConfig) -> Decoder:
-    """The `Decoder` of a decoder-only transformer.
-
-    Experts are dropless here, whatever the dispatch in training: capacity is a share of a padded row, so a
-    text would depend on the longest prompt of its batch, and steps of one token never drop anyway.
-
-    Raises:
-        UserError: the model is not causal.
-    """
-    if not cfg.causal:
-        raise UserError("model.causal=False: only a causal model can generate text")
-    cfg = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, dispatch="dropless"))
-
-    def apply(params, tokens_BT, segments_BT, positions_BT, cache):
-        hidden_BTD, cache, _ = transformer.apply(
-            cfg, params, tokens_BT, segments_BT=segments_BT, positions_BT=positions_BT, cache=cache
-        )
-        return hidden_BTD, cache
-
-    return Decoder(
-        apply=apply,
-        unembed=partial(transformer.unembed, cfg),
-        init_cache=partial(transformer.init_cache, cfg),
-        vocab_size=cfg.vocab_size,
-        max_length=cfg.position.max_length if cfg.position.kind == "learned" else 0,
-    )
 
 
 @jax.tree_util.register_dataclass
@@ -116,8 +76,11 @@ def prefill(
     tokens_BT: Int[Array, "B T"],
     lengths_B: Int[Array, "B"],
     cache_length: int,
+    inputs: Inputs | None = None,
 ) -> Cache:
     """A cache of `cache_length` positions that holds the first `lengths_B` tokens of each row.
+
+    Of a model with an encoder it also holds the keys and values of what that makes of the inputs.
 
     Args:
         model: the model's functions.
@@ -125,14 +88,20 @@ def prefill(
         tokens_BT: i32; columns from the row's length on are not read.
         lengths_B: i32, may be 0.
         cache_length: positions that a row of the cache can hold.
+        inputs: for the encoder, and their segments: 1, and 0 for padding.
     """
     B, T = tokens_BT.shape
     column_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     real_BT = column_BT < lengths_B[:, None]
     tokens_BT = sharding.constrain(tokens_BT, "batch", "length")
     positions_BT = jnp.where(real_BT, column_BT, 0)
-    cache = model.init_cache(B, cache_length)
-    return model.apply(params, tokens_BT, real_BT.astype(jnp.int32), positions_BT, cache)[1]
+    where = (tokens_BT, real_BT.astype(jnp.int32), positions_BT)
+    if inputs is None:
+        return model.apply(params, *where, model.init_cache(B, cache_length))[1]
+    inputs_BS, segments_BS = (sharding.constrain(x, "batch", "length") for x in inputs)
+    memory_BSD = model.encode(params, inputs_BS, segments_BS)
+    cache = model.init_cache(B, cache_length, inputs_BS.shape[1])
+    return model.apply(params, *where, cache, (memory_BSD, segments_BS))[1]
 
 
 def start(
@@ -143,6 +112,7 @@ def start(
     *,
     cache_length: int,
     count: bool,
+    inputs: Inputs | None = None,
 ) -> DecodeState:
     """The state in which each row has read its prompt but for the last token, which the first step will feed.
 
@@ -155,6 +125,7 @@ def start(
         lengths_B: i32, tokens of each prompt, at least 1.
         cache_length: positions that a row of the cache can hold.
         count: keep token counts, for the repetition penalty.
+        inputs: as for `prefill`.
     """
     B, T = tokens_BT.shape
     counts_BV = None
@@ -165,7 +136,7 @@ def start(
         counts_BV = sharding.constrain(counts_BV, "batch", None)
     last_B = lengths_B - 1
     return DecodeState(
-        cache=prefill(model, params, tokens_BT, last_B, cache_length),
+        cache=prefill(model, params, tokens_BT, last_B, cache_length, inputs),
         token_B=jnp.take_along_axis(tokens_BT, last_B[:, None], axis=1)[:, 0],
         position_B=last_B,
         index_B=sharding.constrain(jnp.zeros(B, jnp.int32), None),
@@ -257,6 +228,14 @@ def bucket(n: int, smallest: int = 16) -> int:
     return size
 
 
+def _pad(rows: Sequence[Sequence[int]], columns: int) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]:
+    """Rows padded on the right, and their lengths."""
+    tokens_BT = np.zeros((len(rows), columns), np.int32)
+    for padded, row in zip(tokens_BT, rows, strict=True):
+        padded[: len(row)] = row
+    return tokens_BT, np.asarray([len(row) for row in rows], np.int32)
+
+
 class Generator:
     """Continues prompts with a model. Its compiled programs live as long as it does: make one and keep it.
 
@@ -319,6 +298,7 @@ class Generator:
         params: Any,
         prompts: Sequence[Sequence[int]],
         sample: SampleConfig | Sequence[SampleConfig],
+        inputs: Sequence[Sequence[int]] | None = None,
     ) -> list[Result]:
         """Continue prompts of token ids.
 
@@ -327,6 +307,7 @@ class Generator:
             prompts: at least one token each.
             sample: one config for each prompt; or one for all, and then request i has the seed
                 `sample.seed + i` (mod 2^32), so that equal prompts get different texts.
+            inputs: for a model with an encoder, what it reads: at least one token for each prompt.
 
         Returns:
             One result for each prompt, in order.
@@ -341,14 +322,37 @@ class Generator:
             ]
         if len(sample) != len(prompts):
             raise UserError(f"{len(prompts)} prompts, but {len(sample)} sample configs")
+        self._check_inputs(prompts, inputs)
         results = [Result([int(t) for t in prompt]) for prompt in prompts]
         for i, (result, cfg) in enumerate(zip(results, sample, strict=True)):
             self._check(i, result.prompt, cfg)
         size = self.batch_size or len(results)
         for first in range(0, len(results), max(size, 1)):
+            rows = slice(first, first + size)
+            read = None if inputs is None else inputs[rows]
             with sharding.use(self.layout):
-                self._run(params, results[first : first + size], sample[first : first + size], size)
+                self._run(params, results[rows], sample[rows], read, size)
         return results
+
+    def _check_inputs(self, prompts: Sequence[Any], inputs: Sequence[Sequence[int]] | None) -> None:
+        wants = self.model.encode is not None
+        if wants != (inputs is not None):
+            raise UserError(
+                f"a model {'with' if wants else 'without'} an encoder takes {'' if wants else 'no '}inputs"
+            )
+        if inputs is None:
+            return
+        if len(inputs) != len(prompts):
+            raise UserError(f"{len(prompts)} prompts, but inputs for {len(inputs)}")
+        for i, row in enumerate(inputs):
+            wrong = [t for t in row if not 0 <= t < self.model.input_vocab_size]
+            if wrong or not len(row):
+                what = f"holds {wrong[0]}, outside the vocabulary" if wrong else "is empty"
+                raise UserError(f"input {i} {what} (of {self.model.input_vocab_size} tokens)")
+            if 0 < self.model.max_length < len(row):
+                raise UserError(
+                    f"input {i} has {len(row)} tokens, the model {self.model.max_length} positions"
+                )
 
     def _need_tokenizer(self, what: str) -> Tokenizer:
         if self.tokenizer is None:
@@ -378,7 +382,14 @@ class Generator:
                 + (f"at most max_new_tokens={left} would" if left > 0 else "shorten the prompt")
             )
 
-    def _run(self, params: Any, results: list[Result], sample: Sequence[SampleConfig], size: int) -> None:
+    def _run(
+        self,
+        params: Any,
+        results: list[Result],
+        sample: Sequence[SampleConfig],
+        inputs: Sequence[Sequence[int]] | None,
+        size: int,
+    ) -> None:
         """Fill in the results of one batch of `size` rows or fewer."""
         if not results:
             return
@@ -392,10 +403,13 @@ class Generator:
         filler = B - len(results)
         prompts = [r.prompt for r in results] + [results[0].prompt] * filler
         rows = stack_rows([*sample, *[dataclasses.replace(sample[0], max_new_tokens=1)] * filler])
-        tokens_BT = np.zeros((B, T), np.int32)
-        for row, prompt in zip(tokens_BT, prompts, strict=True):
-            row[: len(prompt)] = prompt
-        lengths_B = np.asarray([len(prompt) for prompt in prompts], np.int32)
+        tokens_BT, lengths_B = _pad(prompts, T)
+        read = None
+        if inputs is not None:
+            inputs = [*inputs, *[inputs[0]] * filler]
+            S = min(bucket(max(map(len, inputs))), room)
+            inputs_BS, input_lengths_B = _pad(inputs, S)
+            read = (inputs_BS, (np.arange(S) < input_lengths_B[:, None]).astype(np.int32))
         eos_M = np.asarray(self.eos_ids, np.int32)
 
         state = self._start(
@@ -404,6 +418,7 @@ class Generator:
             lengths_B,
             cache_length=cache_length,
             count=any(cfg.repetition_penalty != 1.0 for cfg in sample),
+            inputs=read,
         )
         chunk = self._chunk if self.layout is None else self._pin(state)
         done_B, seen_B = np.zeros(B, bool), np.zeros(B, np.int32)

@@ -3,7 +3,15 @@
 import dataclasses
 
 from jaxlm.errors import UserError, nearest
-from jaxlm.hf import bert_like, expert_variants, gpt_like, gpt_variants, llama_like, llama_variants
+from jaxlm.hf import (
+    bert_like,
+    expert_variants,
+    gpt_like,
+    gpt_variants,
+    llama_like,
+    llama_variants,
+    seq2seq_like,
+)
 from jaxlm.hf.family import Family, HFConfig
 from jaxlm.hf.tops import decoder_tops
 
@@ -23,7 +31,7 @@ def _topped(family: Family) -> Family:
 
 FAMILIES: dict[str, Family] = {
     family.model_type: _topped(family)
-    for room in (llama_like, llama_variants, expert_variants, gpt_like, gpt_variants, bert_like)
+    for room in (llama_like, llama_variants, expert_variants, gpt_like, gpt_variants, bert_like, seq2seq_like)
     for family in room.FAMILIES
 }
 

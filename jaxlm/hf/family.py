@@ -7,7 +7,7 @@ from typing import Any
 from jaxlm.errors import UserError, check, check_choice
 from jaxlm.hf.packing import Packing
 from jaxlm.model.attention import AttentionConfig, LatentConfig
-from jaxlm.model.config import ReadoutConfig, TransformerConfig
+from jaxlm.model.config import EncoderConfig, ReadoutConfig, TransformerConfig, encoder_of
 from jaxlm.model.moe import MoEConfig
 from jaxlm.model.positions import PositionConfig
 
@@ -45,6 +45,11 @@ class Family:
     )
     tops: Mapping[str, Top] = dataclasses.field(default_factory=dict)  # class -> what stands on top in it
 
+    # Tensor of the table -> other names under which files may hold it.
+    aliases: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    # (config, shapes of the tensors) -> the config with what only the tensors tell.
+    settle: Callable[[HFConfig, Mapping[str, Any]], HFConfig] = lambda hf, shapes: hf
+
     def table(self, cfg: TransformerConfig) -> dict[str, Packing]:
         """All tensors that a model of this family, with its one top, may have."""
         alternatives = self.alternatives(cfg) if self.alternatives else {}
@@ -75,6 +80,7 @@ GROUPS = {
     "position": PositionConfig,
     "moe": MoEConfig,
     "readout": ReadoutConfig,
+    "encoder": EncoderConfig,
 }
 # How a model is run and trained, not what it computes.
 _EXECUTION = {
@@ -117,10 +123,17 @@ def canonical(cfg: TransformerConfig) -> TransformerConfig:
         **defaults(cfg.attention, "attention"),
     )
     readout = dataclasses.replace(cfg.readout, bias=cfg.readout.bias or not cfg.readout.classes)
+    encoder = cfg.encoder
+    if cfg.has_encoder:
+        own = encoder_of(cfg)
+        encoder = dataclasses.replace(
+            encoder, num_heads=own.attention.num_heads, head_dim=own.head_dim, mlp_dim=own.mlp_width
+        )
     return dataclasses.replace(
         cfg,
         attention=attention,
         readout=readout if readout.classes or readout.dense else ReadoutConfig(),
+        encoder=encoder,
         moe=dataclasses.replace(cfg.moe, **defaults(cfg.moe, "moe")),
         mlp_dim=cfg.mlp_width,
         mlp_pattern=period(cfg.mlp_pattern, cfg.num_layers - cfg.first_dense),

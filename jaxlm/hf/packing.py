@@ -36,6 +36,15 @@ def same(leaf: str) -> Packing:
     )
 
 
+def row(leaf: str) -> Packing:
+    """A vector that is kept as a matrix of one row."""
+    return Packing(
+        (leaf,),
+        lambda cfg, t, shapes: [t.reshape(shapes[0])],
+        lambda cfg, xp, leaves: leaves[0].reshape(1, -1),
+    )
+
+
 _HEAD_BIASES = ("bq", "bk", "bv")
 
 

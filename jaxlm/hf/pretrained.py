@@ -13,13 +13,15 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jaxlm.errors import UserError, check
-from jaxlm.generate.decode import Generator, decoder
+from jaxlm.generate.decode import Generator
+from jaxlm.generate.decoder import decoder
 from jaxlm.generate.sampling import SampleConfig
 from jaxlm.hf.families import family_of
 from jaxlm.hf.family import Family, read_config, write_config
-from jaxlm.hf.files import Source, open_folder, write_folder
+from jaxlm.hf.files import Source, open_folder, read_json, write_folder
 from jaxlm.hf.gguf_files import open_gguf
 from jaxlm.hf.mxfp4 import unpacked
+from jaxlm.hf.seq2seq import Seq2Seq
 from jaxlm.hf.transfer import read_params, tensors_of
 from jaxlm.model import heads, transformer
 from jaxlm.model.activations import activations
@@ -50,7 +52,7 @@ def load(
     dtype: str = "float32",
     param_dtype: str = "",
     layout: Layout | None = None,
-) -> "Pretrained":
+) -> "Pretrained | Seq2Seq":
     """The model of a Hugging Face folder or of a GGUF file.
 
     Args:
@@ -59,20 +61,28 @@ def load(
         param_dtype: in which the weights are kept; '' = as in the files.
         layout: mesh and rules to spread it over; None = the first device.
 
+    Returns:
+        A `Seq2Seq` if the model has an encoder, else a `Pretrained`.
+
     Raises:
         UserError: a family or an option that this library does not have; tensors that are missing, surplus or
             misshapen.
     """
     with open_checkpoint(path) as source:
         family = family_of(source.config)
+        config = dict(family.settle(source.config, source.shapes))
         cfg = dataclasses.replace(
-            read_config(family, source.config), dtype=dtype, param_dtype=param_dtype or source.dtype
+            read_config(family, config), dtype=dtype, param_dtype=param_dtype or source.dtype
         )
         params = read_params(cfg, family, source, layout=layout)
-        return Pretrained(cfg, params, family, dict(source.config), layout)
+        if not cfg.has_encoder:
+            return Pretrained(cfg, params, family, config, layout)
+        file = Path(path) / "generation_config.json"
+        generation = read_json(file) if file.is_file() else {}
+        return Seq2Seq(cfg, params, family, config, layout, generation)
 
 
-def save(model: "Pretrained", folder: str | Path, *, dtype: str = "") -> None:
+def save(model: "Pretrained | Seq2Seq", folder: str | Path, *, dtype: str = "") -> None:
     """Write a model as a folder that `transformers` loads.
 
     Args:

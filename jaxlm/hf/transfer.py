@@ -14,7 +14,7 @@ from jaxlm.hf.family import Family
 from jaxlm.hf.files import Source
 from jaxlm.hf.packing import Packing
 from jaxlm.model import transformer
-from jaxlm.model.config import TransformerConfig
+from jaxlm.model.config import TransformerConfig, encoder_of
 from jaxlm.sharding import Layout, tree_shardings
 from jaxlm.tree import map_named, named_leaves
 
@@ -38,18 +38,25 @@ class Entry:
     shape: tuple[int, ...]  # of the tensor
 
 
+_ENCODER = "encoder/"  # begins the leaves of a model's encoder
+
+
 def layout_of(cfg: TransformerConfig, family: Family) -> dict[str, Entry]:
     """Every tensor that a checkpoint of this model holds, in the order of the layers."""
     leaves = dict(named_leaves(transformer.abstract_params(cfg)))
     table, entries, used = family.table(cfg), {}, set()
     for pattern, packing in table.items():
-        for i in range(cfg.num_layers) if "{i}" in pattern else (None,):
+        inside = packing.leaves[0].startswith(_ENCODER)
+        if inside and not cfg.has_encoder:
+            continue
+        stack, side = (encoder_of(cfg), _ENCODER) if inside else (cfg, "")
+        for i in range(stack.num_layers) if "{i}" in pattern else (None,):
             layer = None
-            where = ""
+            where = side
             if i is not None:
-                where, layer = cfg.place(i)
-                where += "/"
-            paths = [_find(where, leaf, leaves) for leaf in packing.leaves]
+                place, layer = stack.place(i)
+                where += f"{place}/"
+            paths = [_find(where, leaf.removeprefix(side), leaves) for leaf in packing.leaves]
             if None in paths:
                 continue
             used |= set(paths)
@@ -96,11 +103,17 @@ def names_in(family: Family, entries: dict[str, Entry], source: Source) -> dict[
         UserError: the file's tensors are not these; the message lists missing, surplus and misshapen ones.
     """
     bare = not any(name.startswith(family.prefix) for name in source.shapes)
-    names = {name: name.removeprefix(family.prefix) if bare else name for name in entries}
+    in_file = lambda name: name.removeprefix(family.prefix) if bare else name  # noqa: E731
+    names, copies = {}, set()
+    for name in entries:
+        others = [in_file(other) for other in family.aliases.get(name, ())]
+        found = [other for other in (in_file(name), *others) if other in source.shapes]
+        names[name] = found[0] if found else in_file(name)
+        copies |= set(others)
     known = set(names.values())
     ignored = [re.compile(pattern) for pattern in family.ignored]
     # A tied head is the table, whether or not the file holds it once more.
-    spare = {name for name in source.shapes if re.search(_TIED, name)}
+    spare = copies | {name for name in source.shapes if re.search(_TIED, name)}
     missing = [name for name in names.values() if name not in source.shapes]
     surplus = [
         name

@@ -23,11 +23,14 @@ def activations(
     segments_BT: Int[Array, "B T"] | None = None,
     positions_BT: Int[Array, "B T"] | None = None,
     types_BT: Int[Array, "B T"] | None = None,
+    memory_BSD: Float[Array, "B S D"] | None = None,
+    memory_segments_BS: Int[Array, "B S"] | None = None,
 ) -> dict[str, Float[Array, "..."]]:
     """What the layers compute on one document a row, layer by layer: for looking at, not for training.
 
     Args:
-        cfg, params, tokens_BT, segments_BT, positions_BT, types_BT: as for `apply`.
+        cfg, params, tokens_BT, segments_BT, positions_BT, types_BT, memory_BSD, memory_segments_BS: as for
+            `apply`.
 
     Returns:
         `embedding` [B, T, D]; `attention`, `mlp` and `residual` [L, B, T, D]: each layer's branches before
@@ -39,7 +42,8 @@ def activations(
         positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     bias_table = params["position_bias"]["table"] if cfg.position.kind == "t5" else None
     ctx = make_context(cfg, positions_BT, segments_BT, None, bias_table)
-    ctx = dataclasses.replace(ctx, ordered=ordered)
+    memory = dict(memory_BSD=memory_BSD, memory_segments_BS=memory_segments_BS)
+    ctx = dataclasses.replace(ctx, ordered=ordered, **memory)
     x_BTD = embed(cfg, params, tokens_BT, positions_BT, types_BT)
     seen: dict[str, Any] = {"embedding": x_BTD, "attention": [], "mlp": [], "residual": []}
     branch = lambda module, _: isinstance(module, Attention | LatentAttention | MLP | MoE)  # noqa: E731

@@ -26,6 +26,7 @@ class EncoderConfig:
 
     num_layers: int = 0  # 0 = the model has no encoder
     num_heads: int = 0  # 0 = as many as the decoder's
+    head_dim: int = 0  # 0 = attention.head_dim, or model_dim over these heads if that is 0 too
     mlp_dim: int = 0  # 0 = as wide as the decoder's
     vocab_size: int = 0  # of an embedding table of its own; 0 = it reads the decoder's
 
@@ -298,13 +299,19 @@ def encoder_of(cfg: TransformerConfig) -> TransformerConfig:
     >>> encoder_of(cfg).num_layers, encoder_of(cfg).causal, encoder_of(cfg).has_encoder
     (6, False, False)
     """
-    own = cfg.encoder
+    own, heads = cfg.encoder, cfg.attention
+    attention = dataclasses.replace(
+        heads,
+        num_heads=own.num_heads or heads.num_heads,
+        num_kv_heads=0 if heads.kv_heads == heads.num_heads else heads.num_kv_heads,
+        head_dim=own.head_dim or heads.head_dim,
+    )
     return dataclasses.replace(
         cfg,
         num_layers=own.num_layers,
         mlp_dim=own.mlp_dim or cfg.mlp_dim,
         vocab_size=own.vocab_size or cfg.vocab_size,
-        attention=dataclasses.replace(cfg.attention, num_heads=own.num_heads or cfg.attention.num_heads),
+        attention=attention,
         causal=False,
         encoder=EncoderConfig(),
         # It ends in hidden states: the head is the decoder's.

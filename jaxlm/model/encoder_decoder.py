@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxlm.errors import check
 from jaxlm.model import transformer
 from jaxlm.model.config import TransformerConfig, encoder_of
 from jaxlm.model.transformer import Aux, Params
+from jaxlm.sharding import current
 
 
 def encoder_params(cfg: TransformerConfig, params: Params) -> Params:
@@ -41,7 +43,16 @@ def encode(
 
     Returns:
         (memory_BSD, aux) as `transformer.apply` returns them.
+
+    Raises:
+        UserError: a mesh with pipeline stages.
     """
+    layout = current()
+    check(
+        layout is None or layout.stages == 1,
+        f"mesh.pipe={layout and layout.stages}: a model with an encoder is not split into stages; use "
+        "mesh.fsdp or mesh.tensor",
+    )
     memory_BSD, _, aux = transformer.apply(
         encoder_of(cfg),
         encoder_params(cfg, params),

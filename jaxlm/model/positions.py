@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 from jaxlm.errors import UserError, check, check_choice
 
 KINDS = ("rope", "alibi", "learned", "sinusoidal", "t5", "none")
+SINES = ("interleaved", "halves", "inclusive")
 SCALINGS = ("none", "linear", "ntk", "dynamic", "yarn", "llama3", "longrope")
 BY_LENGTH = ("dynamic", "longrope")  # whose frequencies depend on the batch, see `dynamic_frequencies`
 
@@ -39,7 +40,8 @@ class PositionConfig:
     long_factors: tuple[float, ...] = ()  # and from more than original_length positions on
     attention_factor: float = 0.0  # multiplies cos and sin; 0 = by formula (yarn: 0.1 ln factor + 1)
     max_length: int = 0  # positions in the learned table
-    offset: int = 0  # learned: row of position 0 (OPT: 2)
+    offset: int = 0  # learned, sinusoidal: row of position 0 (OPT: 2)
+    sines: str = "interleaved"  # sinusoidal: order and range of frequencies, see `sinusoidal`
     bias_scale: float = 1.0  # alibi: multiplies the slopes
     num_buckets: int = 32  # t5: rows of the bias table
     max_distance: int = 128  # t5: distances from here on share the last bucket
@@ -47,6 +49,7 @@ class PositionConfig:
     def __post_init__(self):
         check_choice(self.kind, KINDS, "position.kind")
         check_choice(self.scaling, SCALINGS, "position.scaling")
+        check_choice(self.sines, SINES, "position.sines")
         for name in ("theta", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "must be > 0")
         for name in ("local_theta", "attention_factor", "original_length", "max_length", "offset"):
@@ -299,10 +302,16 @@ def apply_rope(
 # --- Absolute ---
 
 
-def sinusoidal(positions_BT: Int[Array, "B T"], dim: int) -> Float32[Array, "B T D"]:
-    """Fixed absolute embeddings: sin(p / 10000 ** (2 i / D)) at 2 i and the cosine at 2 i + 1.
+def sinusoidal(
+    positions_BT: Int[Array, "B T"], dim: int, sines: str = "interleaved"
+) -> Float32[Array, "B T D"]:
+    """Fixed absolute embeddings: sines and cosines of p f_i, i < D / 2.
 
-    Source: Vaswani et al. 2017 (arXiv:1706.03762), section 3.5.
+        interleaved  f_i = 10000 ** (-2 i / D), its sine at 2 i and its cosine at 2 i + 1
+        halves       the same numbers, all sines before all cosines
+        inclusive    likewise halves, of f_i = 10000 ** (-i / (D / 2 - 1)), the last of which is 1 / 10000
+
+    Sources: Vaswani et al. 2017 (arXiv:1706.03762), section 3.5; Marian's and tensor2tensor's code.
 
     >>> sinusoidal(jnp.array([[0]]), 4).ravel().tolist()
     [0.0, 1.0, 0.0, 1.0]
@@ -311,8 +320,11 @@ def sinusoidal(positions_BT: Int[Array, "B T"], dim: int) -> Float32[Array, "B T
         raise UserError(
             f"position.kind='sinusoidal' needs an even model_dim, not {dim}; nearest is {dim + 1}"
         )
-    inv_freq = 10000.0 ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
+    last = dim - 2 if sines == "inclusive" else dim
+    inv_freq = 10000.0 ** (-np.arange(0, dim, 2, dtype=np.float64) / last)
     cos_BTR, sin_BTR = rope_tables(positions_BT, inv_freq)
+    if sines != "interleaved":
+        return jnp.concatenate([sin_BTR, cos_BTR], axis=-1)
     return jnp.stack([sin_BTR, cos_BTR], axis=-1).reshape(*positions_BT.shape, dim)
 
 

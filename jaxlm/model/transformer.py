@@ -270,7 +270,8 @@ def embed(
             params["embed"]["positions"], rows_BT, AXES["embed/positions"], dtype=cfg.dtype
         )
     elif cfg.position.kind == "sinusoidal":
-        x_BTD = x_BTD + pos.sinusoidal(positions_BT, cfg.model_dim).astype(cfg.dtype)
+        rows_BT = positions_BT + cfg.position.offset
+        x_BTD = x_BTD + pos.sinusoidal(rows_BT, cfg.model_dim, cfg.position.sines).astype(cfg.dtype)
     if cfg.token_types:
         types_BT = jnp.zeros_like(tokens_BT) if types_BT is None else types_BT
         x_BTD = x_BTD + gather(params["embed"]["types"], types_BT, AXES["embed/types"], dtype=cfg.dtype)
@@ -328,12 +329,6 @@ def apply(
     if cfg.has_encoder:
         check(
             memory_BSD is not None or cache is not None, "a model with an encoder needs inputs to attend to"
-        )
-        layout = current()
-        check(
-            layout is None or layout.stages == 1,
-            f"mesh.pipe={layout and layout.stages}: a decoder that attends to an encoder is not split into "
-            "stages; use mesh.fsdp or mesh.tensor",
         )
     zigzag = CONTEXTS[cfg.attention.context].zigzag and ordered and cfg.causal and cache is None
     if cache is None:

@@ -10,6 +10,10 @@ with V the width of a value head, mostly H, and keys(T) the mean number of keys 
 causal, T if not, less in a window. Of the experts only the `top_k` chosen ones meet a token. `conventions`
 gives the published alternatives, which differ by a factor of two for one and the same model: record them all,
 and never derive one from another.
+
+With an encoder all FLOPs are per token of the decoder. Rows hold S inputs beside T tokens: what meets an
+input (the encoder, and the projections of its result to cross-attention's keys and values) counts S / T
+times, and a token's cross-attention sees S keys. The conventions know no encoder: N is all of its weights.
 """
 
 import dataclasses
@@ -21,9 +25,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.table import Table
 
 from jaxlm.model.backends import executed_keys, keeps_scores
+from jaxlm.model.config import encoder_of
 from jaxlm.model.layers import ACTIVATIONS
 from jaxlm.model.transformer import AXES, TransformerConfig, abstract_params, init_cache
 from jaxlm.sharding import Layout, tree_shardings
@@ -130,7 +134,9 @@ def mean_keys(seq_len: int, *, window: int = 0, causal: bool = True) -> float:
     return keys if causal else 2 * keys
 
 
-def forward_flops(cfg: TransformerConfig, seq_len: int, *, executed: bool = False) -> float:
+def forward_flops(
+    cfg: TransformerConfig, seq_len: int, *, executed: bool = False, input_len: int = 0
+) -> float:
     """Exact FLOPs per token of a forward pass over rows of `seq_len` tokens; training is 3 times that.
 
     Args:
@@ -138,9 +144,21 @@ def forward_flops(cfg: TransformerConfig, seq_len: int, *, executed: bool = Fals
         seq_len: T.
         executed: count the scores that the attention backend computes, masked ones among them. MFU and
             scaling fits leave it False.
+        input_len: S, inputs of a row, of a model with an encoder; 0 = as many as tokens.
     """
-    counted = weights(cfg)
-    return 2.0 * (counted.body_products + counted.head_products) + _score_flops(cfg, seq_len, executed)
+    head = 2.0 * weights(cfg).head_products
+    return head + _body_flops(cfg, seq_len, input_len) + _score_flops(cfg, seq_len, executed, input_len)
+
+
+def _body_flops(cfg: TransformerConfig, seq_len: int, input_len: int) -> float:
+    """FLOPs per token of the products of the blocks."""
+    products = weights(cfg).body_products
+    if cfg.has_encoder:
+        # Of both stacks' weights, these meet inputs and not tokens.
+        memory = 2 * cfg.num_layers * cfg.model_dim * cfg.attention.kv_heads * cfg.head_dim
+        inputs = weights(encoder_of(cfg)).body_products + memory
+        products += inputs * ((input_len or seq_len) / seq_len - 1)
+    return 2.0 * products
 
 
 def _executed_keys(cfg: TransformerConfig, kind: str, seq_len: int) -> float:
@@ -150,7 +168,7 @@ def _executed_keys(cfg: TransformerConfig, kind: str, seq_len: int) -> float:
     return executed_keys(cfg.attention.backend, seq_len, causal=cfg.causal, window=window, tiles=tiles)
 
 
-def _score_flops(cfg: TransformerConfig, seq_len: int, executed: bool) -> float:
+def _score_flops(cfg: TransformerConfig, seq_len: int, executed: bool, input_len: int = 0) -> float:
     """FLOPs per token of q k^T and probabilities times v, all layers."""
     keys = [
         _executed_keys(cfg, kind, seq_len)
@@ -158,20 +176,26 @@ def _score_flops(cfg: TransformerConfig, seq_len: int, executed: bool) -> float:
         else mean_keys(seq_len, window=cfg.attention.window if kind == "local" else 0, causal=cfg.causal)
         for kind, _ in cfg.layer_kinds
     ]
-    return 2.0 * cfg.attention.num_heads * (cfg.head_dim + cfg.value_dim) * sum(keys)
+    heads = 2.0 * cfg.attention.num_heads * (cfg.head_dim + cfg.value_dim)
+    flops = heads * sum(keys)
+    if cfg.has_encoder:
+        inputs = input_len or seq_len
+        flops += heads * inputs * cfg.num_layers
+        flops += _score_flops(encoder_of(cfg), inputs, executed) * inputs / seq_len
+    return flops
 
 
-def hardware_flops(cfg: TransformerConfig, seq_len: int) -> float:
+def hardware_flops(cfg: TransformerConfig, seq_len: int, input_len: int = 0) -> float:
     """FLOPs per token that a training step executes: masked scores too, and what remat computes again.
 
     full: the products of the blocks once more. minimal: the scores once more. An upper bound: the compiler
     may drop a recomputed product that no gradient needs. Not in it: unchosen experts (the `dense` dropless
     backend: E / k times the experts' share), and the bubble of a pipeline.
     """
-    counted, scores = weights(cfg), _score_flops(cfg, seq_len, executed=True)
-    again = {"none": 0.0, "minimal": scores, "full": scores + 2.0 * counted.body_products}
+    scores = _score_flops(cfg, seq_len, True, input_len)
+    again = {"none": 0.0, "minimal": scores, "full": scores + _body_flops(cfg, seq_len, input_len)}
     again |= {"offload": again["full"], "offload_minimal": again["minimal"]}
-    return 3.0 * forward_flops(cfg, seq_len, executed=True) + again[cfg.remat]
+    return 3.0 * forward_flops(cfg, seq_len, executed=True, input_len=input_len) + again[cfg.remat]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,8 +278,8 @@ class Counts:
         return dataclasses.asdict(self)
 
 
-def count(cfg: TransformerConfig, seq_len: int) -> Counts:
-    """Every count of `cfg` on documents of `seq_len` tokens.
+def count(cfg: TransformerConfig, seq_len: int, input_len: int = 0) -> Counts:
+    """Every count of `cfg` on documents of `seq_len` tokens, and `input_len` inputs if it has an encoder.
 
     Raises:
         ValueError: seq_len below 1.
@@ -263,7 +287,7 @@ def count(cfg: TransformerConfig, seq_len: int) -> Counts:
     if seq_len < 1:
         raise ValueError(f"seq_len={seq_len} must be at least 1")
     counted = weights(cfg)
-    forward = forward_flops(cfg, seq_len)
+    forward = forward_flops(cfg, seq_len, input_len=input_len)
     return Counts(
         seq_len=seq_len,
         n_total=counted.total,
@@ -275,9 +299,9 @@ def count(cfg: TransformerConfig, seq_len: int) -> Counts:
         rooms=dict(counted.rooms),
         flops_forward=forward,
         flops_train=3 * forward,
-        flops_attention=3 * _score_flops(cfg, seq_len, executed=False),
+        flops_attention=3 * _score_flops(cfg, seq_len, False, input_len),
         flops_head=6.0 * counted.head_products,
-        flops_hardware=hardware_flops(cfg, seq_len),
+        flops_hardware=hardware_flops(cfg, seq_len, input_len),
         conventions=conventions(Shape.of(cfg), seq_len),
     )
 
@@ -315,6 +339,7 @@ def memory(
     opt_state: Any = None,
     microbatches: int = 1,
     logit_tokens: int = 0,
+    input_len: int = 0,
     axes: Mapping[str, Sequence[str | None]] = AXES,
 ) -> Memory:
     """Estimated bytes per device.
@@ -346,6 +371,7 @@ def memory(
             copies of the parameters (Adam).
         microbatches: M; with more than one the gradient is summed in fp32.
         logit_tokens: tokens whose logits a device holds at once (the loss's chunk); 0 = all of a microbatch.
+        input_len: S, inputs of a row, of a model with an encoder; 0 = as many as tokens.
         axes: the model's table of logical axes.
     """
     params = _abstract_params(dataclasses.replace(cfg, remat="none"))
@@ -363,12 +389,19 @@ def memory(
     rows = math.ceil(batch_size / (microbatches * shards["batch"]))
     tokens = rows * math.ceil(seq_len / shards["length"])
     logits = 8 * min(logit_tokens or tokens, tokens) * cfg.vocab_size // shards["vocab"]
-    cache = jax.eval_shape(lambda: init_cache(cfg, math.ceil(batch_size / shards["batch"]), seq_len))
+    input_len = input_len or seq_len
+    held_rows = math.ceil(batch_size / shards["batch"])
+    cache = jax.eval_shape(lambda: init_cache(cfg, held_rows, seq_len, input_len))
+    kept = tokens * _activation_bytes(cfg, seq_len, shards)
+    if cfg.has_encoder:
+        inputs = rows * math.ceil(input_len / shards["length"])
+        kept += tokens * _cross_bytes(cfg, input_len, shards)
+        kept += inputs * _activation_bytes(encoder_of(cfg), input_len, shards)
     return Memory(
         params=held,
         grads=held + (4 * elements if microbatches > 1 else 0),
         opt_state=optimizer,
-        activations=round(tokens * _activation_bytes(cfg, seq_len, shards)),
+        activations=round(kept),
         logits=logits,
         kv_cache=nbytes(cache) // (1 if cfg.attention.latent.kv_rank else shards["kv_heads"]),
     )
@@ -428,41 +461,14 @@ def _activation_bytes(cfg: TransformerConfig, seq_len: int, shards: Mapping[str,
     return kept + sum(map(whole, kinds[first : first + P]))
 
 
-# --- Tables for people ---
-
-
-def tables(counts: Counts, estimate: Memory | None = None) -> list[Table]:
-    """Rich tables of parameters per room, FLOPs per token under every convention, and memory per device."""
-    params = Table(title="parameters", title_justify="left")
-    params.add_column("part")
-    params.add_column("count", justify="right")
-    params.add_column("share", justify="right")
-    for room, size in counts.rooms.items():
-        params.add_row(room, f"{size:,}", f"{size / counts.n_total:.1%}")
-    params.add_section()
-    for name in ("n_total", "n_embedding", "n_head", "n_non_embedding", "n_active"):
-        size = getattr(counts, name)
-        params.add_row(name, f"{size:,}", f"{size / counts.n_total:.1%}")
-
-    flops = Table(title=f"FLOPs per token, T = {counts.seq_len}", title_justify="left")
-    flops.add_column("convention")
-    flops.add_column("training", justify="right")
-    flops.add_column("of exact", justify="right")
-    rows = {
-        "exact (use this)": counts.flops_train,
-        "  of which attention scores": counts.flops_attention,
-        "  of which head": counts.flops_head,
-        "executed (masked scores, remat)": counts.flops_hardware,
-        **counts.conventions,
-    }
-    for name, value in rows.items():
-        flops.add_row(name, f"{value:,.0f}", f"{value / counts.flops_train:.2f}")
-    if estimate is None:
-        return [params, flops]
-
-    memory_table = Table(title="memory per device, estimated", title_justify="left")
-    memory_table.add_column("what")
-    memory_table.add_column("MiB", justify="right")
-    for name, size in estimate.to_dict().items():
-        memory_table.add_row(name, f"{size / 2**20:,.1f}")
-    return [params, flops, memory_table]
+def _cross_bytes(cfg: TransformerConfig, input_len: int, shards: Mapping[str, int]) -> float:
+    """Bytes per token that cross-attention keeps beside; keys and values of S inputs, as if of T tokens."""
+    s, D, H = np.dtype(cfg.dtype).itemsize, cfg.model_dim, cfg.head_dim
+    n, k = cfg.attention.num_heads / shards["heads"], cfg.attention.kv_heads / shards["kv_heads"]
+    written = keeps_scores(cfg.attention.backend)
+    scores = (8 * input_len if written else s * H + 4) * n
+    outputs = 1 + (cfg.norm_position != "pre")
+    whole = s * (D + 2 * (n + k) * H) + 12 * D + scores
+    products = s * (outputs * D + (n + 2 * k) * H) + (0 if written else scores)
+    kept = {"none": whole, "minimal": products}.get(cfg.remat, 0.0)
+    return cfg.num_layers * kept + (0.0 if cfg.remat == "none" else cfg.period * whole)

@@ -34,7 +34,8 @@ from jaxlm.data.tokenizer import check_vocabulary, load_tokenizer
 from jaxlm.distributed import AgreedStop, chief_first, from_chief, is_chief
 from jaxlm.errors import UserError, check
 from jaxlm.evaluate import evaluate
-from jaxlm.generate.decode import Generator, decoder
+from jaxlm.generate.decode import Generator
+from jaxlm.generate.decoder import decoder
 from jaxlm.model import transformer
 from jaxlm.model.context_parallel import CONTEXTS, check_columns
 from jaxlm.optim import OptimConfig, ema_params, make_schedule

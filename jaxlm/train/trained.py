@@ -13,6 +13,7 @@ from jaxlm.data.loader import eval_batches
 from jaxlm.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from jaxlm.errors import UserError, check
 from jaxlm.generate import decode
+from jaxlm.generate.decoder import decoder
 from jaxlm.model import transformer
 from jaxlm.optim import ema_params, make_schedule
 from jaxlm.sharding import Layout, MeshConfig, make_layout, use
@@ -91,7 +92,7 @@ def sample(
     if "stop" in changes:
         changes["stop"] = tuple(changes["stop"])
     cfg = dataclasses.replace(trained.cfg.sample, **changes)
-    generator = decode.Generator(decode.decoder(trained.cfg.model), trained.tokenizer, layout=trained.layout)
+    generator = decode.Generator(decoder(trained.cfg.model), trained.tokenizer, layout=trained.layout)
     with _cache_beside(trained):
         return generator.generate_text(trained.params, list(prompts), cfg)
 

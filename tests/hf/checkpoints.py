@@ -268,13 +268,72 @@ for _case, _name in (("llama", "Llama"), ("gpt2", "GPT2"), ("gpt-neox", "GPTNeoX
             _model_type, _fields = CASES[_case]
             ENCODERS[f"{_case}-{_end}"] = (_model_type, f"{_name}{_end}", _fields | dict(num_labels=5))
 
+T5 = dict(
+    vocab_size=307,
+    d_model=72,
+    d_kv=24,
+    d_ff=88,
+    num_layers=3,
+    num_decoder_layers=2,
+    num_heads=6,
+    relative_attention_num_buckets=8,
+    relative_attention_max_distance=12,
+    pad_token_id=0,
+    eos_token_id=1,
+    decoder_start_token_id=0,
+)
+BART = dict(
+    vocab_size=307,
+    d_model=72,
+    encoder_layers=3,
+    encoder_attention_heads=4,
+    encoder_ffn_dim=88,
+    decoder_layers=2,
+    decoder_attention_heads=6,
+    decoder_ffn_dim=96,
+    max_position_embeddings=64,
+)
+MARIAN = BART | dict(
+    activation_function="swish",
+    pad_token_id=306,
+    decoder_start_token_id=306,
+    eos_token_id=0,
+    forced_eos_token_id=0,
+    scale_embedding=True,
+)
+# case -> (model_type, class, fields of its config)
+SEQ2SEQ: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "t5": ("t5", "T5ForConditionalGeneration", T5),
+    "t5-1.1": (
+        "t5",
+        "T5ForConditionalGeneration",
+        T5 | dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    ),
+    "t5-1.1-untied": (
+        "t5",
+        "T5ForConditionalGeneration",
+        T5 | dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    ),
+    "mt5-untied": ("mt5", "MT5ForConditionalGeneration", T5 | dict(feed_forward_proj="gated-gelu")),
+    "bart": ("bart", "BartForConditionalGeneration", BART | dict(forced_bos_token_id=0)),
+    "bart-bare": ("bart", "BartModel", BART | dict(scale_embedding=True)),
+    "marian": ("marian", "MarianMTModel", MARIAN),
+    "marian-split": (
+        "marian",
+        "MarianMTModel",
+        MARIAN
+        | dict(share_encoder_decoder_embeddings=False, decoder_vocab_size=311, tie_word_embeddings=False),
+    ),
+    "m2m-100": ("m2m_100", "M2M100ForConditionalGeneration", BART),
+}
+
 
 def make(case: str, folder: Path) -> Any:
     """Write the case's checkpoint into `folder`; returns the model in eval mode."""
     import torch
     import transformers
 
-    model_type, *top, fields = CASES[case] if case in CASES else ENCODERS[case]
+    model_type, *top, fields = {**CASES, **ENCODERS, **SEQ2SEQ}[case]
     torch.manual_seed(sum(map(ord, case)))
     config = transformers.AutoConfig.for_model(model_type, **fields)
     # Their eager code adds ALiBi twice where the positions are Falcon's.
@@ -283,8 +342,14 @@ def make(case: str, folder: Path) -> Any:
         model = getattr(transformers, top[0])._from_config(config).float().eval()
     else:
         model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    if case.endswith("-untied"):  # as the published ones are, whatever the class makes of its config
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
     with torch.no_grad():
+        if hasattr(model, "final_logits_bias"):
+            model.final_logits_bias.copy_(0.3 * torch.randn(model.final_logits_bias.shape))
         for name, p in model.named_parameters():
+            if not p.requires_grad:  # Marian's sines
+                continue
             if p.ndim == 1 or "bias" in name:
                 p.copy_(0.3 * torch.randn(p.shape) + (1.0 if "norm" in name or "ln_" in name else 0.0))
             else:

@@ -20,7 +20,7 @@ from jaxlm.hf.family import read_config, write_config
 from jaxlm.hf.pretrained import save
 
 sys.path.insert(0, str(Path(__file__).parent))
-from checkpoints import CASES, ENCODERS, make
+from checkpoints import CASES, ENCODERS, SEQ2SEQ, make
 
 LENGTHS, T = (16, 11, 5), 16
 ROOM = {}  # case -> (folder, their model, ours), made once
@@ -154,5 +154,5 @@ def test_both_spellings_of_a_config_are_one(case, made):
 
 
 def test_every_family_has_a_case():
-    tested = {model_type for model_type, *_ in (*CASES.values(), *ENCODERS.values())}
+    tested = {model_type for group in (CASES, ENCODERS, SEQ2SEQ) for model_type, *_ in group.values()}
     assert tested == FAMILIES.keys()

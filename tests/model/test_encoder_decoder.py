@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 
 from jaxlm.errors import UserError
+from jaxlm.generate.decode import Generator
+from jaxlm.generate.decoder import decoder
+from jaxlm.generate.sampling import SampleConfig
 from jaxlm.model import encoder_decoder as ed
 from jaxlm.model import transformer as tf
 from jaxlm.model.attention import AttentionConfig
 from jaxlm.model.config import EncoderConfig, TransformerConfig, encoder_of
 from jaxlm.model.positions import PositionConfig
 from jaxlm.objectives.lm import LossConfig, make_lm_objective
+from jaxlm.sharding import MeshConfig, make_layout, make_mesh, use
 from jaxlm.train.programs import Model
 from jaxlm.tree import named_leaves
 
@@ -169,3 +173,43 @@ def test_sizes_without_an_encoder_and_a_decoder_without_inputs_are_refused(param
     with pytest.raises(UserError, match="needs batches with inputs"):
         Model(CFG).apply(params, {"tokens": None, "segments": None, "positions": None}, None)
     assert encoder_of(CFG).attention.num_heads == 2
+
+
+def test_texts_depend_on_their_own_inputs_and_greedy_ones_are_the_forward_pass(params):
+    generator = Generator(decoder(CFG), eos_ids=())
+    inputs, prompts = [[5, 7, 2, 9, 9, 1, 4], [3, 8], [30]], [[1], [1, 6, 6], [1]]
+    greedy = SampleConfig(max_new_tokens=6, temperature=0.0)
+    together = generator.generate(params, prompts, greedy, inputs)
+    for result, prompt, read in zip(together, prompts, inputs, strict=True):
+        assert generator.generate(params, [prompt], greedy, [read])[0].tokens == result.tokens
+        text = np.array([prompt + result.tokens])
+        hidden, _ = ed.apply(CFG, params, np.array([read]), text)
+        best = np.argmax(tf.unembed(CFG, params, hidden)[0], axis=-1)
+        assert best[len(prompt) - 1 : -1].tolist() == result.tokens
+    other = generator.generate(params, prompts[:1], greedy, [[6, 6, 6]])
+    assert other[0].tokens != together[0].tokens
+    drawn = SampleConfig(max_new_tokens=6, seed=3)
+    pair = [generator.generate(params, prompts, drawn, inputs) for _ in range(2)]
+    assert [r.tokens for r in pair[0]] == [r.tokens for r in pair[1]] != [r.tokens for r in together]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (None, "with an encoder takes inputs"),
+        ([[1], [2]], "1 prompts, but inputs for 2"),
+        ([[]], "input 0 is empty"),
+        ([[31]], "input 0 holds 31, outside the vocabulary"),
+    ],
+)
+def test_inputs_that_cannot_be_are_refused(params, inputs, message):
+    with pytest.raises(UserError, match=message):
+        Generator(decoder(CFG)).generate(params, [[1]], SampleConfig(), inputs)
+
+
+def test_stages_of_a_pipeline_are_refused(params):
+    layout = make_layout(MeshConfig(data=1, pipe=3), make_mesh(MeshConfig(data=1, pipe=3), jax.devices()[:3]))
+    with use(layout), pytest.raises(UserError, match=r"mesh.pipe=3: .* use mesh.fsdp or mesh.tensor"):
+        ed.apply(
+            dataclasses.replace(CFG, attention=AttentionConfig()), params, ids(0, (1, 4)), ids(0, (1, 4))
+        )
