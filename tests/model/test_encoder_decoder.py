@@ -32,11 +32,12 @@ CFG = TransformerConfig(
     encoder=EncoderConfig(num_layers=2, num_heads=2, mlp_dim=40),
 )
 S, T = 9, 8
+FORWARD = jax.jit(lambda params, *rows: ed.apply(CFG, params, *rows)[0])
 
 
 def params_of(cfg, seed=0):
     """Parameters none of which is zero or one."""
-    params = tf.init(cfg, jax.random.key(seed))
+    params = jax.jit(lambda key: tf.init(cfg, key))(jax.random.key(seed))
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
     return jax.tree.unflatten(
@@ -77,7 +78,7 @@ def test_pairs_packed_into_a_row_are_what_they_are_alone(params):
     hidden, _ = jax.jit(Model(CFG).apply)(params, batch, None)
     for row, segment in ((0, 1), (0, 2), (1, 1)):
         out, into = batch["segments"][row] == segment, batch["input_segments"][row] == segment
-        alone, _ = ed.apply(CFG, params, batch["inputs"][row, into][None], batch["tokens"][row, out][None])
+        alone = FORWARD(params, batch["inputs"][row, into][None], batch["tokens"][row, out][None])
         np.testing.assert_allclose(hidden[row, out], alone[0], atol=2e-5)
 
 
@@ -93,8 +94,9 @@ def test_a_token_depends_on_its_own_inputs_and_on_no_later_token(params):
         hidden, _ = ed.apply(cfg, own, 31 + jnp.arange(5)[None], 36 + jnp.arange(4)[None])
         return jnp.sum(hidden[0, t] * jnp.arange(16))
 
+    gradients = jax.jit(jax.grad(loss, (0, 1)))
     for t in range(4):
-        by_input, by_token = jax.grad(loss, (0, 1))(jnp.zeros((5, 16)), jnp.zeros((4, 16)), t)
+        by_input, by_token = gradients(jnp.zeros((5, 16)), jnp.zeros((4, 16)), t)
         assert (np.abs(by_input).max(1) > 1e-6).all()
         seen = np.abs(by_token).max(1)
         assert seen[t] > 1e-6
@@ -105,12 +107,13 @@ def test_steps_through_the_caches_are_the_forward_pass(params):
     inputs, tokens = ids(0, (2, S)), ids(1, (2, T))
     segments = np.ones((2, S), np.int32)
     segments[1, 6:] = 0
-    want, _ = ed.apply(CFG, params, inputs, tokens, input_segments_BS=segments)
-    memory, _ = ed.encode(CFG, params, inputs, segments_BS=segments)
+    forward = jax.jit(lambda p, *rows: ed.apply(CFG, p, *rows, input_segments_BS=segments)[0])
+    want = forward(params, inputs, tokens)
+    memory = jax.jit(lambda p: ed.encode(CFG, p, inputs, segments_BS=segments)[0])(params)
     cache = tf.init_cache(CFG, 2, T, S)
     assert {x.shape[-3] for x in jax.tree.leaves(cache) if x.ndim >= 4} == {S, T, 3}
     given = dict(memory_BSD=memory, memory_segments_BS=segments)
-    hidden, cache, _ = tf.apply(CFG, params, tokens[:, :3], cache=cache, **given)
+    hidden, cache = jax.jit(lambda c: tf.apply(CFG, params, tokens[:, :3], cache=c, **given)[:2])(cache)
     parts = [hidden]
     broken = jax.tree.map(lambda x: x, params)
     for name in ("wk", "wv"):  # not read again: the cache has what they made
@@ -146,9 +149,9 @@ def test_the_table_is_shared_unless_the_encoder_has_a_vocabulary():
     assert split.keys() - shared.keys() == {"encoder/embed/table"}
     assert split["encoder/embed/table"].shape == (57, 16)
     assert split["encoder/position_bias/table"].shape == (8, 2)
-    decoder = tf.init(dataclasses.replace(CFG, encoder=EncoderConfig()), jax.random.key(0))
-    own = dict(named_leaves(tf.init(CFG, jax.random.key(0))))
-    for name, leaf in named_leaves(decoder):  # an encoder changes no leaf of the decoder
+    alone = jax.jit(lambda: tf.init(dataclasses.replace(CFG, encoder=EncoderConfig()), jax.random.key(0)))()
+    own = dict(named_leaves(jax.jit(lambda: tf.init(CFG, jax.random.key(0)))()))
+    for name, leaf in named_leaves(alone):  # an encoder changes no leaf of the decoder
         np.testing.assert_array_equal(leaf, own[name])
 
 
@@ -183,8 +186,7 @@ def test_texts_depend_on_their_own_inputs_and_greedy_ones_are_the_forward_pass(p
     for result, prompt, read in zip(together, prompts, inputs, strict=True):
         assert generator.generate(params, [prompt], greedy, [read])[0].tokens == result.tokens
         text = np.array([prompt + result.tokens])
-        hidden, _ = ed.apply(CFG, params, np.array([read]), text)
-        best = np.argmax(tf.unembed(CFG, params, hidden)[0], axis=-1)
+        best = np.argmax(tf.unembed(CFG, params, FORWARD(params, np.array([read]), text))[0], axis=-1)
         assert best[len(prompt) - 1 : -1].tolist() == result.tokens
     other = generator.generate(params, prompts[:1], greedy, [[6, 6, 6]])
     assert other[0].tokens != together[0].tokens
