@@ -44,7 +44,6 @@ class Family:
         None  # tensors that depend on cfg
     )
     tops: Mapping[str, Top] = dataclasses.field(default_factory=dict)  # class -> what stands on top in it
-
     # Tensor of the table -> other names under which files may hold it.
     aliases: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     # (config, shapes of the tensors) -> the config with what only the tensors tell.
