@@ -250,6 +250,8 @@ class Generator:
         cache_length: positions a row can hold; 0 = as many as the requests need, rounded up to a bucket.
         batch_size: rows at a time; 0 = all requests at once.
         chunk: decode steps between two looks of the host at the text. Does not change the result.
+        start_id: with an encoder, the token with which the decoder begins; default the tokenizer's BOS.
+        with_bos: with an encoder, its inputs begin with BOS.
     """
 
     def __init__(
@@ -262,6 +264,8 @@ class Generator:
         cache_length: int = 0,
         batch_size: int = 0,
         chunk: int = 32,
+        start_id: int | None = None,
+        with_bos: bool = False,
     ) -> None:
         if chunk < 1:
             raise UserError(f"chunk={chunk} must be at least 1")
@@ -273,6 +277,7 @@ class Generator:
             eos_ids = () if tokenizer is None else (tokenizer.eos_id,)
         self.model, self.tokenizer, self.layout = model, tokenizer, layout
         self.cache_length, self.batch_size = cache_length, batch_size
+        self.start_id, self.with_bos = start_id, with_bos
         self.eos_ids = tuple(eos_ids)
         self._start = jax.jit(partial(start, model), static_argnames=("cache_length", "count"))
         # The state is used up, so that the cache is updated in place.
@@ -285,13 +290,21 @@ class Generator:
     ) -> list[Result]:
         """Continue texts; each is encoded and put after the beginning-of-sequence token.
 
+        With an encoder a text is its input, with EOS behind it, and the decoder answers.
+
         Args:
             params: the model's parameters.
             texts: may be empty strings.
             sample: as for `generate`.
         """
         tokenizer = self._need_tokenizer("generate_text")
-        return self.generate(params, [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts], sample)
+        bos = tokenizer.bos_id
+        if self.model.encode is None:
+            return self.generate(params, [[bos, *tokenizer.encode(text)] for text in texts], sample)
+        lead = [bos] if self.with_bos else []
+        inputs = [[*lead, *tokenizer.encode(text), tokenizer.eos_id] for text in texts]
+        start = bos if self.start_id is None else self.start_id
+        return self.generate(params, [[start]] * len(texts), sample, inputs)
 
     def generate(
         self,

@@ -6,12 +6,25 @@ from pathlib import Path
 
 import jax
 
+from jaxlm.data.config import DataConfig
+from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import check
 from jaxlm.generate.decode import Generator
+from jaxlm.generate.decoder import decoder
 from jaxlm.generate.sampling import SampleConfig
+from jaxlm.model.config import TransformerConfig
+from jaxlm.sharding import Layout
 from jaxlm.train.loop import Every
 from jaxlm.train.rundir import write_text
 from jaxlm.train.state import TrainState
+
+
+def text_generator(
+    model: TransformerConfig, data: DataConfig, tokenizer: Tokenizer, layout: Layout | None
+) -> Generator:
+    """A generator that frames texts as the rows of `data` are."""
+    start = getattr(tokenizer, f"{data.decoder_start}_id")
+    return Generator(decoder(model), tokenizer, layout=layout, start_id=start, with_bos=data.with_bos)
 
 
 class Samples:
@@ -26,7 +39,7 @@ class Samples:
         self._path, self._generator, self._prompts, self._cfg = path, generator, prompts, cfg
         room = generator.model.max_length
         for prompt in prompts:
-            length = 1 + len(generator.tokenizer.encode(prompt))
+            length = 1 if generator.model.encode else 1 + len(generator.tokenizer.encode(prompt))
             check(
                 not room or length + cfg.max_new_tokens <= room,
                 f"train.sample_prompts: {prompt!r} is {length} tokens, which with sample.max_new_tokens="

@@ -34,8 +34,6 @@ from jaxlm.data.tokenizer import check_vocabulary, load_tokenizer
 from jaxlm.distributed import AgreedStop, chief_first, from_chief, is_chief
 from jaxlm.errors import UserError, check
 from jaxlm.evaluate import evaluate
-from jaxlm.generate.decode import Generator
-from jaxlm.generate.decoder import decoder
 from jaxlm.model import transformer
 from jaxlm.model.context_parallel import CONTEXTS, check_columns
 from jaxlm.optim import OptimConfig, ema_params, make_schedule
@@ -56,7 +54,7 @@ from jaxlm.train.metrics import (
     read_rows,
 )
 from jaxlm.train.noise_scale import NoiseScale, choose_parts, make_part_squares
-from jaxlm.train.periodic import Profile, Samples
+from jaxlm.train.periodic import Profile, Samples, text_generator
 from jaxlm.train.plot import plot_loss
 from jaxlm.train.programs import learning_rates, numbers_of, optimizer_of, programs, shape_of
 from jaxlm.train.rundir import RunLock, open_run_dir, probe_writable, write_json
@@ -171,7 +169,7 @@ def train(
         loss = dataclasses.replace(cfg.loss, per_position=False)
         shared = dict(microbatches=cfg.train.microbatches, token_bytes=tokenizer.token_bytes)
         device = programs(cfg.model, loss, cfg.optim, cfg.mesh, **shared)
-        counts = counting.count(cfg.model, cfg.data.seq_len)
+        counts = counting.count(cfg.model, cfg.data.seq_len, cfg.data.input_len)
         tokens_per_step = cfg.data.batch_size * cfg.data.seq_len
         rates = learning_rates(cfg.optim, cfg.train.num_steps, tokens_per_step)
         from_chief(lambda: probe_writable(workdir, need_bytes=nbytes(device.target)))
@@ -280,7 +278,7 @@ def train(
             )
             periodic.append(Every(t.noise_scale_every, noise, "noise", cause="noise"))
         if t.sample_prompts:
-            generator = Generator(decoder(cfg.model), tokenizer, layout=layout)
+            generator = text_generator(cfg.model, cfg.data, tokenizer, layout)
             texts = workdir / "samples.txt" if chief else None
             samples = Samples(texts, generator, t.sample_prompts, cfg.sample, start)
             periodic.append(Every(t.sample_every, samples, "sample", cause="sample", last=True))
@@ -485,6 +483,7 @@ def plan(cfg: RunConfig, *, num_devices: int | None = None) -> Plan:
         cfg.model,
         batch_size=cfg.data.batch_size,
         seq_len=cfg.data.seq_len,
+        input_len=cfg.data.input_len,
         layout=layout,
         opt_state=state.opt_state,
         microbatches=cfg.train.microbatches,
@@ -492,7 +491,7 @@ def plan(cfg: RunConfig, *, num_devices: int | None = None) -> Plan:
     )
     return Plan(
         mesh_shape=dict(layout.mesh.shape),
-        counts=counting.count(cfg.model, cfg.data.seq_len),
+        counts=counting.count(cfg.model, cfg.data.seq_len, cfg.data.input_len),
         memory=memory,
         leaves=describe(layout, state.params, transformer.AXES),
         tokens_per_step=tokens,

@@ -13,13 +13,13 @@ from jaxlm.data.loader import eval_batches
 from jaxlm.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from jaxlm.errors import UserError, check
 from jaxlm.generate import decode
-from jaxlm.generate.decoder import decoder
 from jaxlm.model import transformer
 from jaxlm.optim import ema_params, make_schedule
 from jaxlm.sharding import Layout, MeshConfig, make_layout, use
 from jaxlm.train.checkpoint import Checkpointer
 from jaxlm.train.compilation import counted_compilations
 from jaxlm.train.feed import place_batch
+from jaxlm.train.periodic import text_generator
 from jaxlm.train.programs import Model, optimizer_of
 from jaxlm.train.state import abstract_state
 from jaxlm.train.warmstart import load_params
@@ -85,14 +85,15 @@ def sample(
 
     Args:
         workdir, step, mesh, ema: see `load_trained`.
-        prompts: texts; '' starts a document.
+        prompts: texts; '' starts a document. With an encoder, what it reads: the result is the answer.
         changes: fields of `SampleConfig` that differ from the run's `sample`. Text i has the seed `seed + i`.
     """
     trained = load_trained(workdir, step=step, mesh=mesh, ema=ema)
     if "stop" in changes:
         changes["stop"] = tuple(changes["stop"])
     cfg = dataclasses.replace(trained.cfg.sample, **changes)
-    generator = decode.Generator(decoder(trained.cfg.model), trained.tokenizer, layout=trained.layout)
+    run = trained.cfg
+    generator = text_generator(run.model, run.data, trained.tokenizer, trained.layout)
     with _cache_beside(trained):
         return generator.generate_text(trained.params, list(prompts), cfg)
 
