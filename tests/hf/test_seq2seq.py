@@ -102,33 +102,44 @@ def test_greedy_texts_are_theirs(case, made):
     inputs = rows(INPUTS, 0)
     ids, mask = padded(inputs, case == "bart", model.config.pad_token_id)
     got = ours.generate(ids, mask, max_new_tokens=20, eos_token_id=())
-    eos, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None
     settings = model.generation_config
+    eos, settings.eos_token_id = settings.eos_token_id, None
     assert got.shape == (3, 21)
     for row, mine in zip(inputs, got, strict=True):
         given = dict(max_new_tokens=20, do_sample=False)
         want = model.generate(torch.tensor(row)[None], **given)[0]
         assert mine.tolist() == want.tolist()
         assert settings.forced_eos_token_id is None or mine[-1] == settings.forced_eos_token_id
+    settings.eos_token_id = eos
     if case == "bart":
         assert (got[:, 1] == settings.forced_bos_token_id).all()
-    # A row that meets its end token there stops; the others go on.
-    stop = int(got[0, 5])
-    model.generation_config.eos_token_id = stop
-    with torch.no_grad():
-        given = dict(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask))
-        want = model.generate(**given, max_new_tokens=20, do_sample=False).numpy()
+
+
+@pytest.mark.parametrize("case", ["t5", "marian"])
+def test_rows_that_meet_an_end_token_stop_and_the_others_go_on(case, made):
+    _, model, ours = made(case)
+    ids, mask = padded(rows(INPUTS, 0), False, model.config.pad_token_id)
+    stop = int(ours.generate(ids, mask, max_new_tokens=20, eos_token_id=())[0, 5])
+    eos, model.generation_config.eos_token_id = model.generation_config.eos_token_id, stop
+    given = dict(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask))
+    want = model.generate(**given, max_new_tokens=20, do_sample=False).numpy()
     model.generation_config.eos_token_id = eos
-    if case != "bart":  # whose positions count padding on the left
-        np.testing.assert_array_equal(ours.generate(ids, mask, max_new_tokens=20, eos_token_id=stop), want)
-    # Texts that are given a beginning, and drawn ones.
-    begun = np.concatenate([got[:, :1], got[:, 2:5]], axis=1)
-    more = ours.generate(ids, mask, begun, max_new_tokens=4, forced_eos_token_id=(), eos_token_id=())
-    first = ours.logits(ids, mask, begun)[:, -1].argmax(-1)
-    np.testing.assert_array_equal(more[:, 4], first)
-    drawn = [ours.generate(ids, mask, temperature=2.0, seed=s, max_new_tokens=8) for s in (1, 1, 2)]
+    np.testing.assert_array_equal(ours.generate(ids, mask, max_new_tokens=20, eos_token_id=stop), want)
+
+
+def test_texts_may_be_begun_and_drawn(made):
+    _, _, ours = made("bart")
+    ids, mask = padded(rows(INPUTS, 0), True, 1)
+    begun = np.stack(rows((4, 4, 4), 2))
+    free = dict(forced_eos_token_id=(), eos_token_id=())
+    more = ours.generate(ids, mask, begun, max_new_tokens=4, **free)
+    np.testing.assert_array_equal(more[:, :4], begun)
+    np.testing.assert_array_equal(more[:, 4], ours.logits(ids, mask, begun)[:, -1].argmax(-1))
+    drawn = [
+        ours.generate(ids, mask, begun, temperature=2.0, seed=s, max_new_tokens=4, **free) for s in (1, 1, 2)
+    ]
     assert (drawn[0] == drawn[1]).all()
-    assert drawn[0].shape != drawn[2].shape or (drawn[0] != drawn[2]).any()
+    assert (drawn[0] != drawn[2]).any()
 
 
 @pytest.mark.parametrize("case", SEQ2SEQ)
