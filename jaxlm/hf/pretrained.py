@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from jaxlm.model.activations import activations
 from jaxlm.model.config import TransformerConfig
 from jaxlm.sharding import Layout, use
 
+_GENERATION = "generation_config.json"
 Ids = Int[np.ndarray, "B T"]
 
 
@@ -77,7 +79,7 @@ def load(
         params = read_params(cfg, family, source, layout=layout)
         if not cfg.has_encoder:
             return Pretrained(cfg, params, family, config, layout)
-        file = Path(path) / "generation_config.json"
+        file = Path(path) / _GENERATION
         generation = read_json(file) if file.is_file() else {}
         return Seq2Seq(cfg, params, family, config, layout, generation)
 
@@ -103,6 +105,8 @@ def save(model: "Pretrained | Seq2Seq", folder: str | Path, *, dtype: str = "") 
         {name.removeprefix(prefix): (shape, make) for name, shape, make in tensors},
         itemsize=np.dtype(dtype or model.cfg.param_dtype).itemsize,
     )
+    if isinstance(model, Seq2Seq) and model.generation:
+        (Path(folder) / _GENERATION).write_text(json.dumps(dict(model.generation), indent=2) + "\n")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

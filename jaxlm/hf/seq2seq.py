@@ -103,7 +103,7 @@ class Seq2Seq:
     ) -> Int[np.ndarray, "B T"]:
         """What the decoder says to the inputs, the start token first.
 
-        Token ids that are not given are those of generation_config.json, else of config.json; so are
+        Token ids that are not given are those of generation_config.json, without one of config.json; so are
         `bad_words_ids` of one token, which are never drawn. Other settings there (beams) are not read.
 
         Args:
@@ -150,9 +150,8 @@ class Seq2Seq:
         return np.concatenate([start, np.asarray(filled, start.dtype)], axis=1)
 
     def _setting(self, name: str, given: Any = None) -> Any:
-        """A token id: the one given, or generation_config.json's, or config.json's."""
-        places = (given, self.generation.get(name), self.config.get(name))
-        return next((value for value in places if value is not None), None)
+        """A setting: the one given, or generation_config.json's; without such a file config.json's."""
+        return (self.generation or self.config).get(name) if given is None else given
 
     def _starts(self, ids: Ids | None, batch: int, start: int | None = None) -> Ids:
         if ids is not None:
@@ -162,8 +161,8 @@ class Seq2Seq:
                 f"decoder_input_ids has shape {list(ids.shape)}, expected [{batch}, columns]",
             )
             return ids
-        start = self._setting("decoder_start_token_id", start)
-        start = self._setting("bos_token_id") if start is None else start
+        places = (start, self._setting("decoder_start_token_id"), self.config.get("decoder_start_token_id"))
+        start = next((token for token in places if token is not None), self._setting("bos_token_id"))
         check(start is not None, "config.json has no decoder_start_token_id: give decoder_input_ids")
         return np.full((batch, 1), start, np.int64)
 

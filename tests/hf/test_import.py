@@ -16,10 +16,12 @@ from jaxlm.errors import UserError
 from jaxlm.hf.families import FAMILIES
 from jaxlm.hf.files import INDEX, write_folder
 from jaxlm.hf.pretrained import Pretrained, save
+from jaxlm.hf.seq2seq import Seq2Seq
 from jaxlm.hf.transfer import tensors_of
 from jaxlm.model import transformer
 from jaxlm.model.attention import AttentionConfig
-from jaxlm.model.config import TransformerConfig
+from jaxlm.model.config import EncoderConfig, TransformerConfig
+from jaxlm.model.positions import PositionConfig
 from jaxlm.sharding import MeshConfig, make_layout
 from jaxlm.tree import named_leaves
 
@@ -116,6 +118,30 @@ def test_a_model_that_no_family_has_is_refused_by_field(tmp_path):
     params = transformer.init(cfg, jax.random.key(0))
     with pytest.raises(UserError, match=r"logit_softcap: 20.0 here, 0.0 there"):
         save(Pretrained(cfg, params, FAMILIES["llama"], {}), tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_a_model_with_an_encoder_is_imported_sampled_and_exported(tmp_path, capsys):
+    cfg = dataclasses.replace(
+        CFG,
+        num_layers=2,
+        activation="geglu",
+        tie_embeddings=True,
+        attention=AttentionConfig(num_heads=4, head_dim=12, scale=1.0),
+        position=PositionConfig(kind="t5"),
+        encoder=EncoderConfig(num_layers=3),
+    )
+    model = Seq2Seq(cfg, transformer.init(cfg, jax.random.key(0)), FAMILIES["t5"], {})
+    first, run, last = tmp_path / "first", tmp_path / "run", tmp_path / "last"
+    save(model, first)
+    assert main(["hf", "import", f"--model={first}", f"--workdir={run}"]) == 0
+    assert main(["sample", f"--workdir={run}", "--prompt=To be", "--max_new_tokens=4"]) == 0
+    assert main(["hf", "export", f"--workdir={run}", f"--out={last}"]) == 0
+    before, after = (load_file(path / "model.safetensors") for path in (first, last))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        np.testing.assert_array_equal(tensor, after[name])
+    assert isinstance(jaxlm.hf.load(last), Seq2Seq)
 
 
 @pytest.mark.slow

@@ -152,6 +152,8 @@ def test_import_and_export_are_inverse(case, made, tmp_path):
         a, b = before.get_tensor(name), after.get_tensor(name)
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(a, b)
+    file = "generation_config.json"
+    assert (folder / file).is_file() == (tmp_path / "kept" / file).is_file() == (case in WITH_HEAD)
     row, text = torch.tensor(rows(INPUTS, 0)[0])[None], torch.tensor(rows(TOKENS, 1)[0])[None]
     fresh = write_config(ours.family, ours.cfg, {})
     assert read_config(ours.family, fresh) == read_config(ours.family, ours.config)
@@ -180,12 +182,15 @@ def test_settings_of_generation(made):
     _, _, ours = made("t5")
     ids = rows((5,), 3)[0][None]
     plain = ours.generate(ids, max_new_tokens=4, eos_token_id=())
-    banned = dataclasses.replace(ours, generation={"bad_words_ids": [[int(plain[0, 1])]]})
-    assert banned.generate(ids, max_new_tokens=4)[0, 1] != plain[0, 1]
+    first = int(plain[0, 1])
+    banned = dataclasses.replace(ours, generation={"bad_words_ids": [[first]]})
+    assert banned.generate(ids, max_new_tokens=4)[0, 1] != first
+    alone = dataclasses.replace(ours, generation={}, config={**ours.config, "eos_token_id": first})
+    assert alone.generate(ids, max_new_tokens=4).shape == (1, 2)
     with pytest.raises(UserError, match="of several tokens"):
         dataclasses.replace(ours, generation={"bad_words_ids": [[1, 2]]}).generate(ids)
     with pytest.raises(UserError, match="give decoder_input_ids"):
-        dataclasses.replace(ours, config={**ours.config, "decoder_start_token_id": None}).logits(ids)
+        dataclasses.replace(ours, generation={}, config={}).logits(ids)
     with pytest.raises(UserError, match=r"decoder_attention_mask has shape \[1, 3\]"):
         ours.logits(ids, None, ids, np.ones((1, 3)))
     with pytest.raises(UserError, match="BartModel has no head"):
