@@ -165,11 +165,16 @@ def experts_keys(cfg: TransformerConfig) -> dict[str, Any]:
 
 
 def _sparse_layers(hf: HFConfig) -> Fields:
-    """Every `decoder_sparse_step`-th layer routes, but for those named in `mlp_only_layers`."""
+    """Every `decoder_sparse_step`-th layer routes, but for those named in `mlp_only_layers`; the experts."""
     step, dense = hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers") or []
     layers = range(hf["num_hidden_layers"])
     kinds = ["moe" if i not in dense and (i + 1) % step == 0 else "dense" for i in layers]
-    return {"mlp_pattern": shortest(kinds)}
+    if "moe" not in kinds:
+        return {"mlp_pattern": ("dense",)}
+    first, pattern = kinds.index("moe"), shortest(kinds)
+    if len(rest := shortest(kinds[first:])) < len(pattern):
+        return {**_experts(hf), "first_dense": first, "mlp_pattern": rest}
+    return {**_experts(hf), "mlp_pattern": pattern}
 
 
 def _sparse_keys(cfg: TransformerConfig) -> dict[str, Any]:
@@ -183,7 +188,9 @@ def _qwen2_moe(hf: HFConfig) -> Fields:
         "moe.shared_dim": hf["shared_expert_intermediate_size"],
         "moe.shared_gate": True,
     }
-    return _qwen(hf, **_experts(hf), **_sparse_layers(hf), **shared, **qkv_bias(hf.get("qkv_bias", True)))
+    experts = _sparse_layers(hf)
+    shared = shared if "moe.num_experts" in experts else {}
+    return _qwen(hf, **experts, **shared, **qkv_bias(hf.get("qkv_bias", True)))
 
 
 def _qwen2_moe_keys(cfg: TransformerConfig) -> dict[str, Any]:
@@ -320,9 +327,7 @@ FAMILIES = (
     family(
         "qwen3_moe",
         "Qwen3MoeForCausalLM",
-        lambda hf: _qwen(
-            hf, **_experts(hf), **_sparse_layers(hf), **both_biases(hf), **{"attention.qk_norm": True}
-        ),
+        lambda hf: _qwen(hf, **_sparse_layers(hf), **both_biases(hf), **{"attention.qk_norm": True}),
         lambda cfg: {
             **_qwen_keys(cfg),
             **experts_keys(cfg),

@@ -212,9 +212,10 @@ def tensors_of(
 ) -> Iterator[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]]:
     """`(name, shape, function that makes it)` of every tensor; the inverse of `read_params`.
 
-    With a `dtype` all are of that one, else each is as it is kept.
+    With a `dtype` all are of that one, else each is of its leaf's in this model.
     """
     leaves = dict(named_leaves(params))
+    own = {path: leaf.dtype for path, leaf in named_leaves(transformer.abstract_params(cfg))}
     for name, entry in layout_of(cfg, family).items():
 
         def make(entry: Entry = entry) -> np.ndarray:
@@ -224,6 +225,6 @@ def tensors_of(
                 x = np.asarray(leaf)
                 parts.append(x if slot.part is None else x.reshape(-1, *shape)[slot.part])
             whole = np.asarray(entry.packing.write(cfg, np, parts))
-            return whole.astype(dtype, copy=False) if dtype else whole
+            return whole.astype(dtype or own[entry.slots[0].path], copy=False)
 
         yield name, entry.shape, make

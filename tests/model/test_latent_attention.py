@@ -40,7 +40,7 @@ def inputs():
 
 def params_of(module, x_BTD, ctx):
     rng = np.random.default_rng(1)
-    shapes = jax.eval_shape(module.init, jax.random.key(0), x_BTD, ctx)
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), x_BTD, ctx))
     return map_named(lambda name, s: jnp.asarray(rng.normal(size=s.shape) * s.shape[0] ** -0.5), shapes)
 
 
