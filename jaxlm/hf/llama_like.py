@@ -82,9 +82,10 @@ def family(model_type: str, architecture: str, read: Any, write: Any, **rest: An
     return Family(model_type, architecture, read=read, write=write, **{**shared, **rest})
 
 
-def base(hf: HFConfig, *, act: str = "hidden_act") -> Fields:
-    """Rotation and gated activation."""
-    return {**rope(hf), **activation(hf, act, GATED)}
+def base(hf: HFConfig, *, act: str = "hidden_act", partial: bool = False) -> Fields:
+    """Rotation and gated activation; only `partial` families read a share of the head that rotates."""
+    whole = {} if partial else {"position.fraction": 1.0}
+    return {**rope(hf), **whole, **activation(hf, act, GATED)}
 
 
 def base_keys(cfg: TransformerConfig, *, act: str = "hidden_act") -> dict[str, Any]:

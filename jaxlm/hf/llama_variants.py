@@ -95,7 +95,7 @@ def _smollm3_keys(cfg: TransformerConfig) -> dict[str, Any]:
 def _stablelm(hf: HFConfig) -> Fields:
     over = {"attention.qk_norm_kind": "layernorm_scale", "attention.qk_norm_over": "heads"}
     return {
-        **base(hf),
+        **base(hf, partial=True),
         **qkv_bias(hf["use_qkv_bias"]),
         "norm": "layernorm",
         "parallel_block": hf["use_parallel_residual"],
