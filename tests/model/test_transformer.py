@@ -81,10 +81,10 @@ VARIANTS = {
     "post": dataclasses.replace(SMALL, norm_position="post", norm="layernorm", activation="relu2"),
     "parallel": dataclasses.replace(SMALL, parallel_block=True, activation="geglu"),
     "moe": dataclasses.replace(SMALL, num_layers=4, mlp_pattern=("dense", "moe"), moe=MOE),
-    # A leading layer, two periods and a tail.
+    # A leading layer and two periods.
     "latent": dataclasses.replace(
         SMALL,
-        num_layers=6,
+        num_layers=3,
         first_dense=1,
         mlp_pattern=("moe",),
         moe=dataclasses.replace(MOE, router="sigmoid", groups=2, group_best=2, bias=True),
@@ -92,7 +92,7 @@ VARIANTS = {
         gate_limit=1.0,
         attention=AttentionConfig(
             num_heads=4,
-            pattern=("local", "global"),
+            pattern=("local",),
             window=3,
             sinks=True,
             qkv_bias=True,
