@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from jaxlm.errors import UserError
 from jaxlm.hf.family import Family, Fields, HFConfig
 from jaxlm.hf.fields import PLAIN, activation, activation_name, refuse, rope, rope_keys
 from jaxlm.hf.gpt_like import LAYERNORM, TIED, biases, layer, learned, outside
@@ -13,14 +12,13 @@ from jaxlm.model.config import TransformerConfig
 
 
 def _opt(hf: HFConfig) -> Fields:
-    if not hf["do_layer_norm_before"]:
-        raise UserError("config.json: do_layer_norm_before=False (OPT-350m) is not supported")
     same_width = hf.get("word_embed_proj_dim", hf["hidden_size"])
     refuse({"word_embed_proj_dim": same_width}, word_embed_proj_dim=hf["hidden_size"])
     refuse(hf, _remove_final_layer_norm=False)
     return {
         "norm": "layernorm" if hf["layer_norm_elementwise_affine"] else "layernorm_plain",
         **biases(hf["enable_bias"]),
+        "norm_position": "pre" if hf["do_layer_norm_before"] else "post",
         **learned(hf["max_position_embeddings"], offset=2),
         **activation(hf, "activation_function", PLAIN),
         "norm_eps": 1e-5,
@@ -32,6 +30,7 @@ def _opt_keys(cfg: TransformerConfig) -> dict[str, Any]:
         "max_position_embeddings": cfg.position.max_length,
         "word_embed_proj_dim": cfg.model_dim,
         "enable_bias": cfg.mlp_bias,
+        "do_layer_norm_before": cfg.norm_position == "pre",
         "layer_norm_elementwise_affine": cfg.norm == "layernorm",
         "activation_function": activation_name(cfg, PLAIN),
     }

@@ -230,9 +230,8 @@ def _gemma(hf: HFConfig, act: str = "hidden_act") -> Fields:
 
 
 def _gemma_1(hf: HFConfig) -> Fields:
-    # Files of the first release say `gelu` and mean its tanh form, and `hidden_activation` overrules.
-    act = hf.get("hidden_activation") or "gelu_pytorch_tanh"
-    return _gemma({**hf, "hidden_act": act})
+    # Files of the first release say `gelu` and mean its tanh form.
+    return _gemma({**hf, "hidden_act": "gelu_pytorch_tanh"} if hf["hidden_act"] == "gelu" else hf)
 
 
 def _gemma_2(hf: HFConfig, *, alternate: int = 2) -> Fields:
@@ -347,7 +346,7 @@ FAMILIES = (
             **both_biases_keys(cfg),
             "hidden_activation": activation_name(cfg, GATED),
         },
-        defaults=_GEMMA | {"hidden_activation": None},
+        defaults=_GEMMA | {"hidden_act": "gelu_pytorch_tanh"},
     ),
     family(
         "gemma2",
