@@ -43,6 +43,7 @@ TOP = {
     "train/run",
     "train/trained",
     "train/branch",
+    "train/checks",
     "cli",
     "verbs",
     "lab_verbs",

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import numpy as np
+
 from jaxlm.data import mixture, packing
 from jaxlm.errors import UserError, check, check_choice
 
@@ -129,6 +131,29 @@ class DataConfig:
             check(len(self.classes) > 1, f"data.classes={self.classes} must name two labels or more")
             twice = sorted({label for label in self.classes if self.classes.count(label) > 1})
             check(not twice, f"data.classes names {twice} more than once")
+
+
+TARGETS = ("tokens", "targets", "weights", "segments", "positions")
+INPUTS = ("inputs", "input_segments", "input_positions")
+
+
+def batch_columns(cfg: DataConfig) -> dict[str, int]:
+    """Columns of every array of a batch; 0 = one number a row."""
+    facts, names = cfg.facts, TARGETS
+    if cfg.format == "classification":
+        names = ("tokens", "segments", "positions")
+    extra = {"prefix_lm": ("prefix",), "nsp": ("types",), "sop": ("types",)}.get(cfg.format, ())
+    columns = dict.fromkeys((*names, *extra), cfg.seq_len)
+    if facts.encoder:
+        columns |= dict.fromkeys(INPUTS, cfg.input_len)
+    if facts.labels:
+        columns |= {"labels": 0, "label_weights": 0}
+    return columns
+
+
+def column_dtype(name: str) -> type[np.generic]:
+    """Of the array called so: weights are fp32, all others are ids or counts."""
+    return np.float32 if name.endswith("weights") else np.int32
 
 
 def _defaults() -> dict[str, object]:

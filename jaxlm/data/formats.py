@@ -28,7 +28,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jaxlm.data import corruption, noise, packing, pairs, pieces, spans
-from jaxlm.data.config import DataConfig
+from jaxlm.data.config import INPUTS, DataConfig, batch_columns, column_dtype
 from jaxlm.data.packing import Batch, PadPlan, Plan
 from jaxlm.data.shards import TokenStore
 from jaxlm.data.tokenizer import Tokenizer
@@ -88,9 +88,7 @@ class Format:
 
     def _empty(self, name: str, rows: int, pad_id: int) -> np.ndarray:
         shape = (rows, self.columns[name]) if self.columns[name] else (rows,)
-        if name in ("weights", "label_weights"):
-            return np.zeros(shape, np.float32)
-        return np.full(shape, pad_id if name in ("tokens", "targets", "inputs") else 0, np.int32)
+        return np.full(shape, pad_id if name in ("tokens", "targets", "inputs") else 0, column_dtype(name))
 
 
 def generator(seed: int, source: int, epoch: int, row: int) -> np.random.Generator:
@@ -135,7 +133,7 @@ def make_format(cfg: DataConfig, tokenizer: Tokenizer, vocab_size: int) -> Forma
         "seq2seq": _seq2seq,
         "classification": _classification,
     }[cfg.format]
-    columns, raw_len, example = build(cfg, tokenizer, ids)
+    raw_len, example = build(cfg, tokenizer, ids)
     identity = {
         "format": cfg.format,
         "fields": {name: _field(cfg, name) for name in cfg.facts.reads},
@@ -143,17 +141,14 @@ def make_format(cfg: DataConfig, tokenizer: Tokenizer, vocab_size: int) -> Forma
         "ids": dataclasses.astuple(ids),
         "probe": probe(),
     }
-    return Format(columns, raw_len, example, cfg.noise.variants, json.loads(json.dumps(identity)))
+    return Format(batch_columns(cfg), raw_len, example, cfg.noise.variants, json.loads(json.dumps(identity)))
 
 
 def _field(cfg: DataConfig, name: str) -> Any:
     return functools.reduce(getattr, name.split("."), cfg)
 
 
-Built = tuple[dict[str, int], int, Callable[[Source, int, np.random.Generator], Example]]
-_TARGETS = ("tokens", "targets", "weights", "segments", "positions")
-_INPUTS = ("inputs", "input_segments", "input_positions")
-_LABEL = {"labels": 0, "label_weights": 0}
+Built = tuple[int, Callable[[Source, int, np.random.Generator], Example]]
 
 
 def _row(tokens: Sequence[int]) -> dict[str, Any]:
@@ -188,7 +183,7 @@ def _masked(cfg: DataConfig, tokenizer: Tokenizer, ids: pieces.Specials) -> Buil
         text = source.text(row, ids.eos)
         return hide(_join(ids.bos, text, ids.eos), _join(False, text != ids.eos, False).astype(bool), rng)
 
-    return dict.fromkeys(_TARGETS, cfg.seq_len), cfg.seq_len - 2, example
+    return cfg.seq_len - 2, example
 
 
 def _two_segments(cfg: DataConfig, tokenizer: Tokenizer, ids: pieces.Specials) -> Built:
@@ -225,7 +220,7 @@ def _two_segments(cfg: DataConfig, tokenizer: Tokenizer, ids: pieces.Specials) -
             "label_weights": float(min(len(a), len(b)) > 0),
         }
 
-    return dict.fromkeys((*_TARGETS, "types"), cfg.seq_len) | _LABEL, room, example
+    return room, example
 
 
 def _make_pair(cfg: DataConfig, ids: pieces.Specials) -> Callable[[np.ndarray, np.ndarray], Example]:
@@ -236,17 +231,13 @@ def _make_pair(cfg: DataConfig, ids: pieces.Specials) -> Callable[[np.ndarray, n
     def pair(source: np.ndarray, target: np.ndarray) -> Example:
         inputs = _join(bos, source, ids.eos)[: cfg.input_len]
         targets = _join(bos, target, ids.eos)[: cfg.seq_len]
-        encoder = zip(_INPUTS[1:], _row(inputs).values(), strict=True)
+        encoder = zip(INPUTS[1:], _row(inputs).values(), strict=True)
         weights = np.ones(len(targets), np.float32)
         tokens = _join(start, targets[:-1])
         decoder = {"tokens": tokens, "targets": targets, "weights": weights, **_row(targets)}
         return {"inputs": inputs, **dict(encoder), **decoder}
 
     return pair
-
-
-def _columns(cfg: DataConfig) -> dict[str, int]:
-    return dict.fromkeys(_INPUTS, cfg.input_len) | dict.fromkeys(_TARGETS, cfg.seq_len)
 
 
 def _spans(cfg: DataConfig, tokenizer: Tokenizer, ids: pieces.Specials) -> Built:
@@ -270,7 +261,7 @@ def _spans(cfg: DataConfig, tokenizer: Tokenizer, ids: pieces.Specials) -> Built
         hidden = spans.noise_mask(len(text), rng, rate, mean) if len(text) > 1 else np.zeros(len(text), bool)
         return pair(*spans.corrupt(text, hidden, sentinel))
 
-    return _columns(cfg), raw, example
+    return raw, example
 
 
 def _denoise(cfg: DataConfig, tokenizer: Tokenizer, ids: pieces.Specials) -> Built:
@@ -292,7 +283,7 @@ def _denoise(cfg: DataConfig, tokenizer: Tokenizer, ids: pieces.Specials) -> Bui
             noisy = noise.rotate(noisy, rng)
         return pair(noisy, text)
 
-    return _columns(cfg), raw, example
+    return raw, example
 
 
 def _prefix_lm(cfg: DataConfig, tokenizer: Tokenizer, ids: pieces.Specials) -> Built:
@@ -307,7 +298,7 @@ def _prefix_lm(cfg: DataConfig, tokenizer: Tokenizer, ids: pieces.Specials) -> B
         prefix, weights = prefixes(out["segments"], out["positions"], rng)
         return {**out, "prefix": prefix, "weights": out["weights"] * weights}
 
-    return dict.fromkeys((*_TARGETS, "prefix"), T), T, example
+    return T, example
 
 
 def prefixes(
@@ -333,7 +324,7 @@ def _seq2seq(cfg: DataConfig, tokenizer: Tokenizer, ids: pieces.Specials) -> Bui
     def example(source: Source, row: int, rng: np.random.Generator) -> Example:
         return pair(source.text(row, ids.eos), source.text(row, ids.eos, 1))
 
-    return _columns(cfg), cfg.seq_len, example
+    return cfg.seq_len, example
 
 
 def _classification(cfg: DataConfig, tokenizer: Tokenizer, ids: pieces.Specials) -> Built:
@@ -343,7 +334,7 @@ def _classification(cfg: DataConfig, tokenizer: Tokenizer, ids: pieces.Specials)
         tokens = _join(ids.bos, source.text(row, ids.eos)[: cfg.seq_len - 2], ids.eos)
         return {"tokens": tokens, **_row(tokens), "labels": source.classes[row], "label_weights": 1.0}
 
-    return dict.fromkeys(("tokens", "segments", "positions"), cfg.seq_len) | _LABEL, cfg.seq_len, example
+    return cfg.seq_len, example
 
 
 def make_source(

@@ -6,6 +6,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 
+def prefix_visible(prefix_BT: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
+    """Which columns each column of a prefix LM sees in its document: those before it, and the whole prefix.
+
+    >>> prefix_visible(jnp.array([[1, 1, 0]])).astype(int).tolist()
+    [[[1, 1, 0], [1, 1, 0], [1, 1, 1]]]
+    """
+    columns_T = jnp.arange(prefix_BT.shape[1])
+    return (columns_T[:, None] >= columns_T) | (prefix_BT != 0)[:, None, :]
+
+
 @dataclasses.dataclass(frozen=True)
 class Mask:
     """What a query may see: same segment, not later (if causal), within the window, and allowed.

@@ -266,27 +266,40 @@ def make_lm_objective(
 
     def objective(params: Params, batch: Batch, key: Any) -> tuple[Float[Array, ""], Float[Array, ""], Pairs]:
         hidden_BTD, aux = model.apply(params, batch, key)
-        targets_BT, weights_BT = batch["targets"], batch["weights"].astype(jnp.float32)
-        loss, token = cross_entropy(cfg, model.unembed, params, hidden_BTD, targets_BT, weights_BT)
-        loss = loss + aux.get("loss", 0.0)
-        weight = weights_BT.sum()
-        nll_BT = weights_BT * token.nll
-        metrics = {
-            "nll": (nll_BT.sum(), weight),
-            "z_loss": (cfg.z_loss * jnp.sum(weights_BT * token.z), weight),
-            "accuracy": (jnp.sum(weights_BT * token.hit), weight),
-            "total": (loss, weight),
-        }
-        if token_bytes_V is not None:
-            text_BT = weights_BT * jnp.asarray(token_bytes_V, jnp.float32)[targets_BT]
-            metrics["bpb"] = (nll_BT.sum() / math.log(2.0), text_BT.sum())
-        if cfg.per_position:
-            columns_BT = jnp.broadcast_to(jnp.arange(targets_BT.shape[1]), targets_BT.shape)
-            positions_BT = batch.get("positions", columns_BT)
-            zeros_T = jnp.zeros(targets_BT.shape[1], jnp.float32)
-            sums = (zeros_T.at[positions_BT].add(x_BT) for x_BT in (nll_BT, weights_BT))
-            metrics["nll_position"] = tuple(sums)
-        metrics |= {name: pair for name, pair in aux.items() if name != "loss"}
-        return loss, weight, jax.lax.stop_gradient(metrics)
+        return token_sums(cfg, model.unembed, params, batch, hidden_BTD, aux, token_bytes_V)
 
     return objective
+
+
+def token_sums(
+    cfg: LossConfig,
+    unembed: Unembed,
+    params: Params,
+    batch: Batch,
+    hidden_BTD: Float[Array, "B T D"],
+    aux: Pairs,
+    token_bytes_V: Float[Array, " V"] | None,
+) -> tuple[Float[Array, ""], Float[Array, ""], Pairs]:
+    """What `make_lm_objective` returns, from hidden states that are there already."""
+    targets_BT, weights_BT = batch["targets"], batch["weights"].astype(jnp.float32)
+    loss, token = cross_entropy(cfg, unembed, params, hidden_BTD, targets_BT, weights_BT)
+    loss = loss + aux.get("loss", 0.0)
+    weight = weights_BT.sum()
+    nll_BT = weights_BT * token.nll
+    metrics = {
+        "nll": (nll_BT.sum(), weight),
+        "z_loss": (cfg.z_loss * jnp.sum(weights_BT * token.z), weight),
+        "accuracy": (jnp.sum(weights_BT * token.hit), weight),
+        "total": (loss, weight),
+    }
+    if token_bytes_V is not None:
+        text_BT = weights_BT * jnp.asarray(token_bytes_V, jnp.float32)[targets_BT]
+        metrics["bpb"] = (nll_BT.sum() / math.log(2.0), text_BT.sum())
+    if cfg.per_position:
+        columns_BT = jnp.broadcast_to(jnp.arange(targets_BT.shape[1]), targets_BT.shape)
+        positions_BT = batch.get("positions", columns_BT)
+        zeros_T = jnp.zeros(targets_BT.shape[1], jnp.float32)
+        sums = (zeros_T.at[positions_BT].add(x_BT) for x_BT in (nll_BT, weights_BT))
+        metrics["nll_position"] = tuple(sums)
+    metrics |= {name: pair for name, pair in aux.items() if name != "loss"}
+    return loss, weight, jax.lax.stop_gradient(metrics)

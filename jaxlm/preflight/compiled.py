@@ -23,7 +23,7 @@ from jaxtyping import Int
 
 import jaxlm
 from jaxlm.config import RunConfig, canonical_json, to_dict
-from jaxlm.data.packing import empty_batch
+from jaxlm.data.config import batch_columns, column_dtype
 from jaxlm.preflight import hlo
 from jaxlm.preflight.collectives import BETWEEN, Collective, schedule, traffic
 from jaxlm.preflight.topology import (
@@ -37,8 +37,8 @@ from jaxlm.preflight.topology import (
     versions,
 )
 from jaxlm.sharding import MESH_AXES, Layout, make_layout, use
+from jaxlm.train.checks import check_shapes
 from jaxlm.train.programs import programs_on, shape_of
-from jaxlm.train.run import check_shapes
 from jaxlm.train.rundir import write_json
 from jaxlm.tree import named_leaves
 
@@ -126,7 +126,7 @@ def compile_step(cfg: RunConfig, topology: Topology) -> Facts:
     loss = dataclasses.replace(cfg.loss, per_position=False)
     # Bytes of a token's text are a table of constants in the step; which ones does not matter here.
     some_bytes = np.ones(cfg.model.vocab_size, np.float32)
-    shared = dict(microbatches=cfg.train.microbatches, token_bytes=some_bytes)
+    shared = dict(microbatches=cfg.train.microbatches, token_bytes=some_bytes, data_format=cfg.data.format)
     options = dict(cfg.mesh.compiler_options)
     built = programs_on(layout, cfg.model, loss, cfg.optim, options, **shared)
     batch = _abstract_batch(cfg, layout)
@@ -174,12 +174,12 @@ def compile_step(cfg: RunConfig, topology: Topology) -> Facts:
 
 
 def _abstract_batch(cfg: RunConfig, layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
-    rows = layout.sharding(("batch", "length"))
-    shape = (cfg.data.batch_size, cfg.data.seq_len)
-    return {
-        name: jax.ShapeDtypeStruct(shape, x.dtype, sharding=rows)
-        for name, x in empty_batch(1, cfg.data.seq_len, 0).items()
-    }
+    def one(name: str, columns: int) -> jax.ShapeDtypeStruct:
+        shape = (cfg.data.batch_size, columns) if columns else (cfg.data.batch_size,)
+        rows = layout.sharding(("batch", "length")[: len(shape)])
+        return jax.ShapeDtypeStruct(shape, column_dtype(name), sharding=rows)
+
+    return {name: one(name, columns) for name, columns in batch_columns(cfg.data).items()}
 
 
 def _local_bytes(tree: Any) -> int:
@@ -305,6 +305,8 @@ def cache_key(cfg: RunConfig, topology: Topology) -> str:
     tree["optim"] = to_dict(shape_of(cfg.optim))
     what = {name: tree[name] for name in names}
     what |= {"shape": [cfg.data.batch_size, cfg.data.seq_len, cfg.train.microbatches]}
+    if cfg.data.format != "lm":
+        what |= {"format": [cfg.data.format, cfg.data.input_len]}
     what |= {"topology": str(topology), "versions": versions(topology), "source": _source_hash()}
     return hashlib.sha256(canonical_json(what).encode()).hexdigest()
 

@@ -32,6 +32,8 @@ def why_not(config: RunConfig) -> str:
     train = config.train
     if devices > 1:
         return f"its mesh has {devices} devices, a group has one: set mesh.data=1"
+    if config.data.format != "lm":
+        return f"data.format={config.data.format!r}: a group predicts next tokens"
     for name, what in {
         "warm_start": "a group starts all its cells from scratch",
         "branch_from": "a group starts all its cells from scratch",

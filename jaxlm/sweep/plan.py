@@ -127,6 +127,10 @@ def make_plan(
         "run.data.eval names no files: all runs of a sweep are scored on one held-out set",
     )
     for cfg in (draft.config for draft in drafts):  # warm-up and cooldown must fit in every run
+        check(
+            cfg.data.format == "lm",
+            f"run.data.format={cfg.data.format!r}: runs of a sweep are scored in nats per next token, 'lm'",
+        )
         make_schedule(cfg.optim, cfg.train.num_steps, cfg.data.batch_size * cfg.data.seq_len)
     devices = hardware.count * hardware.chip.devices if hardware.chip else None
     needs = {key: plan_run(_probe(d.config), num_devices=devices) for key, d in _shapes(drafts)}

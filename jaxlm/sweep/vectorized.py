@@ -39,6 +39,7 @@ from jaxlm.sweep.group_step import CELL, group_programs, own_metrics
 from jaxlm.sweep.groups import Member, check_group, group_key, open_group, why_not
 from jaxlm.train import run as alone
 from jaxlm.train.checkpoint import Checkpointer
+from jaxlm.train.checks import check_shapes
 from jaxlm.train.compilation import counted_compilations
 from jaxlm.train.loop import Every, NonFiniteError, StopSignals, train_loop
 from jaxlm.train.metrics import Clock, Console, JsonlWriter, Reporter, StepReport, read_rows
@@ -193,7 +194,7 @@ def train_group(
         # ------------------------------------------------------------------------------------------ programs
         layout = make_layout(cfg.mesh)
         run.enter_context(use(layout))
-        alone.check_shapes(cfg, layout)
+        check_shapes(cfg, layout)
         whole = NamedSharding(layout.mesh, PartitionSpec())
         tokenizer = load_tokenizer(cfg.data.tokenizer)
         check_vocabulary(tokenizer, cfg.model.vocab_size)

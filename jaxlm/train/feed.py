@@ -36,19 +36,19 @@ def place_batch(layout: Layout, batch: Batch, batch_size: int = 0, rows: Any = N
 
     Args:
         layout: mesh and rules.
-        batch: arrays `[rows, columns]`.
+        batch: arrays `[rows, columns]` or `[rows]`.
         batch_size: rows of the global batch; 0 = those of `batch`, which is whole then.
         rows: which of them `batch` has, as from `own_rows`; None = all.
     """
-    sharding = layout.sharding(("batch", "length"))
 
     def one(x: np.ndarray) -> jax.Array:
-        def part(index: tuple[slice, slice]) -> np.ndarray:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
             first, last, _ = index[0].indices(batch_size or len(x))
             if rows is not None:
                 first, last = np.searchsorted(rows, [first, last])
-            return x[first:last, index[1]]
+            return x[(slice(first, last), *index[1:])]
 
+        sharding = layout.sharding(("batch", "length")[: x.ndim])
         return jax.make_array_from_callback((batch_size or len(x), *x.shape[1:]), sharding, part)
 
     return {name: one(x) for name, x in batch.items()}

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxlm.config import RunConfig, config_hash, diff, to_dict
+from jaxlm.config import RunConfig, TrainConfig, config_hash, diff, to_dict
 from jaxlm.data.loader import DataConfig
 from jaxlm.errors import UserError, check_choice
 from jaxlm.hf.families import FAMILIES, family_of
@@ -75,9 +75,10 @@ def import_model(
         has_tokenizer = write_tokenizer(path, workdir / "tokenizer")
     data = DataConfig(
         tokenizer=str(workdir / "tokenizer") if has_tokenizer else DataConfig.tokenizer,
-        seq_len=min(int(model.config.get("max_position_embeddings") or 1024), 1024),
+        **_rows(model.cfg, model.config),
     )
-    cfg = RunConfig(model=model.cfg, data=data, mesh=mesh)
+    prompts = TrainConfig.sample_prompts if data.format == "lm" else ()
+    cfg = RunConfig(model=model.cfg, data=data, mesh=mesh, train=TrainConfig(sample_prompts=prompts))
     open_run_dir(workdir, to_dict(cfg), sha256=config_hash(cfg), diff=diff)
     with RunLock(workdir):
         if path.is_dir():
@@ -88,6 +89,17 @@ def import_model(
         with Checkpointer(workdir / "checkpoints") as saver:
             saver.save(0, state, config=to_dict(cfg))
     return Imported(model.family.model_type, workdir, size(model.params), has_tokenizer)
+
+
+def _rows(model: TransformerConfig, hf: HFConfig) -> dict[str, Any]:
+    """Format and lengths of the rows that such a model can learn from."""
+    length = min(int(hf.get("max_position_embeddings") or 1024), 1024)
+    if not model.has_encoder:
+        return dict(format="lm" if model.causal else "mlm", seq_len=length)
+    ids = {name: hf.get(f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    start = hf.get("decoder_start_token_id")
+    named = next((name for name, i in ids.items() if i == start and i is not None), "bos")
+    return dict(format="denoise", seq_len=length, input_len=length, decoder_start=named)
 
 
 def export_model(

@@ -228,6 +228,9 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("train/grad_norm", "grad", ".2f"),
     ("eval/nll", "eval nll", ".4f"),
     ("eval/bpb", "eval bpb", ".4f"),
+    ("eval/accuracy", "right", ".4f"),  # where there are no bits per byte
+    ("eval/label_accuracy", "labels right", ".4f"),
+    ("eval/exact", "exact", ".4f"),
 )
 
 
@@ -240,6 +243,8 @@ def format_row(values: Mapping[str, float]) -> str:
     row = dict(values)
     if "train/nll" not in row and "train/total" in row:
         row["train/nll"] = row["train/total"]
+    if "eval/bpb" in row:
+        row.pop("eval/accuracy", None)
     parts = [f"{label} {row[name]:{form}}" for name, label, form in COLUMNS if name in row]
     if "perf/tokens_per_second" in row:
         parts.append(f"{format_count(row['perf/tokens_per_second'])} tok/s")

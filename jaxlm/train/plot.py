@@ -94,7 +94,8 @@ def plot_loss(metrics: str | Path, out: str | Path, *, title: str = "") -> Path:
             fontsize=9,
         )
     upper.set_ylim(*_limits(smoothed, eval_loss))
-    upper.set_ylabel("loss (nats per token)")
+    of_text = any("train/bpb" in row or "eval/bpb" in row for row in rows)
+    upper.set_ylabel(f"loss (nats per {'token' if of_text else 'prediction'})")
     upper.legend(frameon=False, loc="upper right")
     if title:
         upper.set_title(title, loc="left", fontsize=11, color=GREY)

@@ -17,9 +17,11 @@ from jaxtyping import Array, Float
 
 from jaxlm.errors import check
 from jaxlm.evaluate import EvalStep, make_eval_step
-from jaxlm.model import encoder_decoder, transformer
+from jaxlm.model import encoder_decoder, heads, transformer
+from jaxlm.model.masks import prefix_visible
 from jaxlm.model.parametrization import optimizer_options
-from jaxlm.objectives.lm import LossConfig, make_lm_objective
+from jaxlm.objectives.formats import make_objective
+from jaxlm.objectives.lm import LossConfig
 from jaxlm.optim import OptimConfig, make_optimizer, make_schedule
 from jaxlm.sharding import Layout, MeshConfig, make_layout
 from jaxlm.train.state import Params, TrainState, abstract_state, state_program
@@ -38,7 +40,8 @@ class Model:
         """Hidden states and auxiliary values.
 
         A model with an encoder reads `inputs`, `input_segments` and `input_positions` [B, S] beside the
-        decoder's [B, T]; tokens attend to the inputs of their own segment.
+        decoder's [B, T]; tokens attend to the inputs of their own segment. `types` and `prefix` [B, T] are
+        read where a batch has them.
         """
         segments, positions = batch["segments"], batch["positions"]
         if self.cfg.has_encoder:
@@ -55,13 +58,24 @@ class Model:
                 key=key,
             )
         hidden_BTD, _, aux = transformer.apply(
-            self.cfg, params, batch["tokens"], segments_BT=segments, positions_BT=positions, key=key
+            self.cfg,
+            params,
+            batch["tokens"],
+            segments_BT=segments,
+            positions_BT=positions,
+            allowed_BTS=prefix_visible(batch["prefix"]) if "prefix" in batch else None,
+            types_BT=batch.get("types"),
+            key=key,
         )
         return hidden_BTD, aux
 
     def unembed(self, params: Any, hidden_BTD: jax.Array) -> jax.Array:
         """Logits."""
         return transformer.unembed(self.cfg, params, hidden_BTD)
+
+    def classify(self, params: Any, batch: Batch, hidden_BTD: jax.Array, key: Any) -> jax.Array:
+        """Logits of the classes of every row."""
+        return heads.class_logits(self.cfg, params, hidden_BTD, batch["segments"], key=key)
 
 
 def optimizer_of(
@@ -117,6 +131,7 @@ def programs(
     *,
     microbatches: int,
     token_bytes: Float[np.ndarray, " V"] | None,
+    data_format: str = "lm",
 ) -> Programs:
     """The programs of a run, those of an earlier run in this process if they are the same.
 
@@ -125,12 +140,13 @@ def programs(
         mesh: where it runs, on the devices of this process.
         microbatches: as for `make_step`.
         token_bytes: bytes of text that each token stands for.
+        data_format: what the batches ask of the model, see `jaxlm.objectives.formats`.
 
     Raises:
         UserError: a mesh that does not fit the machine or divide the model.
     """
     table = None if token_bytes is None else tuple(np.asarray(token_bytes, np.float32).tolist())
-    return _programs(model, loss, shape_of(optim), mesh, microbatches, table)
+    return _programs(model, loss, shape_of(optim), mesh, microbatches, table, data_format)
 
 
 @functools.lru_cache(maxsize=4)
@@ -141,9 +157,10 @@ def _programs(
     mesh: MeshConfig,
     microbatches: int,
     token_bytes: tuple[float, ...] | None,
+    data_format: str,
 ) -> Programs:
     layout = make_layout(mesh)
-    shared = dict(microbatches=microbatches, token_bytes=token_bytes)
+    shared = dict(microbatches=microbatches, token_bytes=token_bytes, data_format=data_format)
     return programs_on(layout, model, loss, optim, dict(mesh.compiler_options), **shared)
 
 
@@ -156,11 +173,12 @@ def programs_on(
     *,
     microbatches: int,
     token_bytes: Sequence[float] | None,
+    data_format: str = "lm",
 ) -> Programs:
     """`programs` on a mesh that is made already, of devices that need not be there: nothing runs here."""
     model, init = Model(model_cfg), partial(transformer.init, model_cfg)
     token_bytes_V = None if token_bytes is None else np.asarray(token_bytes, np.float32)
-    objective = make_lm_objective(model, loss, token_bytes_V)
+    objective = make_objective(data_format, model, loss, token_bytes_V)
     # Its rate is never asked for here: only the structure of its state.
     optimizer = optimizer_of(model_cfg, optim, lambda count: 0.0)
     where = dict(layout=layout, table=transformer.AXES)
@@ -181,6 +199,6 @@ def programs_on(
         target=target,
         new_state=state_program(init, optimizer, **where),
         step=step,
-        eval_step=make_eval_step(model, loss, token_bytes_V),
+        eval_step=make_eval_step(model, loss, token_bytes_V, data_format),
         objective=objective,
     )

@@ -32,15 +32,15 @@ from jaxlm.config import RunConfig, config_hash, diff, identity, to_dict
 from jaxlm.data.loader import Loader, eval_batches, make_dataset, prefetch
 from jaxlm.data.tokenizer import check_vocabulary, load_tokenizer
 from jaxlm.distributed import AgreedStop, chief_first, from_chief, is_chief
-from jaxlm.errors import UserError, check
+from jaxlm.errors import UserError
 from jaxlm.evaluate import evaluate
 from jaxlm.model import transformer
-from jaxlm.model.context_parallel import CONTEXTS, check_columns
 from jaxlm.optim import OptimConfig, ema_params, make_schedule
 from jaxlm.scaling import counting
 from jaxlm.sharding import MESH_AXES, Layout, LeafLayout, MeshConfig, describe, make_layout, use
 from jaxlm.train.branch import Branch, find_branch, restore_branch
 from jaxlm.train.checkpoint import Checkpointer, step_dirs
+from jaxlm.train.checks import check_shapes
 from jaxlm.train.compilation import counted_compilations
 from jaxlm.train.feed import own_rows, place_batch
 from jaxlm.train.loop import Every, NonFiniteError, StopSignals, train_loop
@@ -94,7 +94,12 @@ class Result:
         """What a person wants to know at the end."""
         head = f"{self.status} at step {self.steps:,} after {self.tokens:,} tokens"
         lines = [head + (f" ({self.reason})" if self.reason else "")]
-        units = {"eval/nll": "nats per token", "eval/bpb": "bits per byte", "train/nll": "nats per token"}
+        of_text = not {"eval/bpb", "train/bpb"}.isdisjoint(self.metrics)
+        nats = f"nats per {'token' if of_text else 'prediction'}"
+        units = {"eval/nll": nats, "eval/bpb": "bits per byte", "train/nll": nats}
+        if not of_text:
+            units |= {"eval/accuracy": "of them right", "eval/label_accuracy": "of the labels right"}
+            units |= {"eval/exact": "of the answers right to the end"}
         known = {name: self.metrics[name] for name in units if self.metrics.get(name) is not None}
         lines += [f"{name:9} {value:.4f} {units[name]}" for name, value in known.items()]
         spent = sorted(self.seconds.items(), key=lambda item: -item[1])
@@ -167,7 +172,11 @@ def train(
         check_vocabulary(tokenizer, cfg.model.vocab_size)
         # Loss by position is a question for `evaluate`: the rows of a run hold numbers.
         loss = dataclasses.replace(cfg.loss, per_position=False)
-        shared = dict(microbatches=cfg.train.microbatches, token_bytes=tokenizer.token_bytes)
+        shared = dict(
+            microbatches=cfg.train.microbatches,
+            token_bytes=tokenizer.token_bytes,
+            data_format=cfg.data.format,
+        )
         device = programs(cfg.model, loss, cfg.optim, cfg.mesh, **shared)
         counts = counting.count(cfg.model, cfg.data.seq_len, cfg.data.input_len)
         tokens_per_step = cfg.data.batch_size * cfg.data.seq_len
@@ -177,7 +186,11 @@ def train(
         # ---------------------------------------------------------------------------------------------- data
         if chief:
             _keep_tokenizer(cfg.data.tokenizer, workdir / "tokenizer")
-        cached = dict(cache_dir=workdir.parent / "data_cache", progress=_print_preparation)
+        cached = dict(
+            cache_dir=workdir.parent / "data_cache",
+            vocab_size=cfg.model.vocab_size,
+            progress=_print_preparation,
+        )
         with clock.spend("prepare"):
             dataset = chief_first(lambda: make_dataset(cfg.data, tokenizer, **cached))
             held_out = None
@@ -351,26 +364,6 @@ def _peak_rss() -> int:
 def _finite(x: float) -> float | None:
     """None for NaN and infinity, which JSON does not have."""
     return x if math.isfinite(x) else None
-
-
-def check_shapes(cfg: RunConfig, layout: Layout) -> None:
-    """What no room can see alone: does the batch fit the mesh, and a row the model."""
-    B, M, multiple = cfg.data.batch_size, cfg.train.microbatches, layout.row_multiple
-    if B % (M * multiple):
-        parts, step = layout.pipeline_parts, M * multiple
-        pipe = f"{parts} microbatches in the pipeline x " if layout.stages > 1 else ""
-        raise UserError(
-            f"data.batch_size={B} is not divisible by train.microbatches={M} x {pipe}{multiple // parts} "
-            f"mesh devices that share the rows; the nearest that is: {max(step, round(B / step) * step)}"
-        )
-    zigzag = CONTEXTS[cfg.model.attention.context].zigzag and cfg.model.causal
-    check_columns(cfg.data.seq_len, layout, zigzag=zigzag)
-    longest = cfg.model.position.max_length
-    if cfg.model.position.kind == "learned":
-        check(
-            cfg.data.seq_len <= longest,
-            f"data.seq_len={cfg.data.seq_len} is longer than model.position.max_length={longest}",
-        )
 
 
 def _keep_tokenizer(spec: str, folder: Path) -> None:

@@ -14,6 +14,7 @@ from jaxlm.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from jaxlm.errors import UserError, check
 from jaxlm.generate import decode
 from jaxlm.model import transformer
+from jaxlm.objectives.formats import check_model
 from jaxlm.optim import ema_params, make_schedule
 from jaxlm.sharding import Layout, MeshConfig, make_layout, use
 from jaxlm.train.checkpoint import Checkpointer
@@ -125,6 +126,7 @@ def score(
 ) -> evaluation.EvalResult:
     """Score a loaded model; arguments as of `evaluate`."""
     cfg, layout, tokenizer = trained.cfg, trained.layout, trained.tokenizer
+    check_model(cfg.model, cfg.data)
     multiple = layout.row_multiple
     if batch_size % multiple:
         raise UserError(
@@ -134,9 +136,11 @@ def score(
     rows = batch_size or -(-cfg.data.batch_size // multiple) * multiple
     chosen = dataclasses.replace(cfg.data, eval=data, eval_tokens=0) if data else cfg.data
     with use(layout), _cache_beside(trained):
-        batches = eval_batches(chosen, tokenizer, rows, cache_dir=trained.workdir.parent / "data_cache")
+        cached = dict(cache_dir=trained.workdir.parent / "data_cache", vocab_size=cfg.model.vocab_size)
+        batches = eval_batches(chosen, tokenizer, rows, **cached)
         loss = dataclasses.replace(cfg.loss, per_position=per_position or cfg.loss.per_position)
-        eval_step = evaluation.make_eval_step(Model(cfg.model), loss, tokenizer.token_bytes)
+        what = (tokenizer.token_bytes, cfg.data.format)
+        eval_step = evaluation.make_eval_step(Model(cfg.model), loss, *what)
         return evaluation.evaluate(
             eval_step,
             trained.params,

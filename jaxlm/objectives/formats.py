@@ -1,0 +1,182 @@
+"""The objective of each data format: of tokens, of a label for each row, or of both.
+
+| data.format | what is minimised |
+|---|---|
+| lm | nll of the next token; bits per byte stand beside it, as in no other format |
+| prefix_lm, span_corruption, denoise, seq2seq | nll of the targets that have a weight |
+| mlm | nll of the hidden tokens |
+| nsp, sop | the same, and the nll of a row's label, which counts as much as all hidden tokens of its row |
+| classification | nll of a row's label |
+
+A label's share is tied to its row, not to the batch, so that all of it stays a sum: with equally many hidden
+tokens in each row it is BERT's loss, the mean of the tokens plus the mean of the labels.
+"""
+
+import dataclasses
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxlm.data.config import FORMATS, DataConfig
+from jaxlm.errors import check
+from jaxlm.model.backends import check_backend
+from jaxlm.model.config import TransformerConfig
+from jaxlm.objectives.lm import (
+    Batch,
+    LanguageModel,
+    LossConfig,
+    Objective,
+    Pairs,
+    Params,
+    TokenLosses,
+    cross_entropy,
+    make_lm_objective,
+    token_sums,
+)
+
+
+class RowModel(Protocol):
+    """A `LanguageModel` that also says what a whole row is."""
+
+    def apply(self, params: Params, batch: Batch, key: Any) -> tuple[Float[Array, "B T D"], Pairs]:
+        """As of `LanguageModel`."""
+        ...
+
+    def unembed(self, params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """As of `LanguageModel`."""
+        ...
+
+    def classify(
+        self, params: Params, batch: Batch, hidden: Float[Array, "B T D"], key: Any
+    ) -> Float[Array, "B C"]:
+        """fp32 logits of the classes; the key is for dropout."""
+        ...
+
+
+def check_model(model: Any, data: DataConfig) -> None:
+    """Raise `UserError` unless the model can learn, or be scored, from rows of the data's format.
+
+    Args:
+        model: a `TransformerConfig`; models of other kinds predict next tokens alone.
+        data: whose format it is.
+    """
+    name, facts = data.format, data.facts
+    if not isinstance(model, TransformerConfig):
+        check(
+            name == "lm", f"data.format={name!r} needs a transformer; this model predicts next tokens, 'lm'"
+        )
+        return
+    with_encoder = [other for other, its in FORMATS.items() if its.encoder]
+    check(
+        model.has_encoder or not facts.encoder,
+        f"data.format={name!r} gives inputs to an encoder, and the model has none: set "
+        "model.encoder.num_layers",
+    )
+    check(
+        facts.encoder or not model.has_encoder,
+        f"model.encoder.num_layers={model.encoder.num_layers}, but data.format={name!r} has no inputs for an "
+        f"encoder; formats that do: {', '.join(with_encoder)}",
+    )
+    reasons = {
+        "lm": "every column would see the token that it is to predict",
+        "mlm": "a hidden token is told from both sides",
+        "nsp": "a hidden token is told from both sides",
+        "sop": "a hidden token is told from both sides",
+        "prefix_lm": "a prefix is seen from all of it, and the format hides what comes later",
+    }
+    if facts.causal is not None:
+        check(
+            model.causal == facts.causal,
+            f"data.format={name!r} with model.causal={model.causal}: {reasons[name]}; set "
+            f"model.causal={facts.causal}, or choose another data.format",
+        )
+    if name == "prefix_lm":
+        check_backend(model.attention.backend, allowed=True)
+    if facts.labels:
+        _check_readout(model, len(data.classes) or 2, name)
+    check(
+        model.token_types != 1 or name not in ("nsp", "sop"),
+        f"model.token_types=1, but data.format={name!r} has two types of tokens; set it to 2, or to 0 = none",
+    )
+    longest = model.position.max_length
+    check(
+        model.position.kind != "learned" or data.input_len <= longest,
+        f"data.input_len={data.input_len} is longer than model.position.max_length={longest}",
+    )
+
+
+def _check_readout(model: TransformerConfig, classes: int, name: str) -> None:
+    readout = model.readout
+    check(
+        readout.classes == classes,
+        f"model.readout.classes={readout.classes}, but data.format={name!r} has rows of {classes} classes",
+    )
+    check(
+        readout.of != "each",
+        f"model.readout.of='each' reads out every token, but data.format={name!r} has one label a row; use "
+        "'first', 'last' or 'mean'",
+    )
+    check(
+        readout.of != "first" or not model.causal,
+        "model.readout.of='first' of a causal model reads a token that has seen nothing; use 'last'",
+    )
+
+
+def make_objective(
+    data_format: str,
+    model: LanguageModel | RowModel,
+    cfg: LossConfig,
+    token_bytes_V: Float[Array, " V"] | None = None,
+) -> Objective:
+    """The objective of a format, `(params, batch, key) -> (loss_sum, weight_sum, metrics)`, all sums.
+
+    Metrics are those of `make_lm_objective`, of tokens; with labels beside tokens also `label_nll` and
+    `label_accuracy`; with labels alone `nll`, `accuracy`, `z_loss` and `total` are those of the labels.
+
+    Args:
+        data_format: name in `jaxlm.data.config.FORMATS`.
+        model: with `classify`, if the format has labels.
+        cfg: see `LossConfig`; smoothing and z-loss act on labels too.
+        token_bytes_V: bytes of text that each token stands for; read by 'lm' alone.
+    """
+    if not FORMATS[data_format].labels:
+        return make_lm_objective(model, cfg, token_bytes_V if data_format == "lm" else None)
+    alone = data_format == "classification"
+
+    def objective(params: Params, batch: Batch, key: Any) -> tuple[Float[Array, ""], Float[Array, ""], Pairs]:
+        trunk_key, head_key = (None, None) if key is None else jax.random.split(key)
+        hidden_BTD, aux = model.apply(params, batch, trunk_key)
+        logits_BC = model.classify(params, batch, hidden_BTD, head_key)
+        weights_B = batch["label_weights"].astype(jnp.float32)
+        if alone:
+            loss, label = label_losses(cfg, logits_BC, batch["labels"], weights_B)
+            loss, weight = loss + aux.get("loss", 0.0), weights_B.sum()
+            z_loss = cfg.z_loss * jnp.sum(weights_B * label.z)
+            metrics = {**_pairs(label, weights_B), "z_loss": (z_loss, weight), "total": (loss, weight)}
+            metrics |= {name: pair for name, pair in aux.items() if name != "loss"}
+            return loss, weight, jax.lax.stop_gradient(metrics)
+        loss, weight, metrics = token_sums(cfg, model.unembed, params, batch, hidden_BTD, aux, None)
+        share_B = weights_B * batch["weights"].astype(jnp.float32).sum(1)
+        more, label = label_losses(cfg, logits_BC, batch["labels"], share_B)
+        loss = loss + more
+        metrics |= {f"label_{name}": pair for name, pair in _pairs(label, weights_B).items()}
+        return loss, weight, jax.lax.stop_gradient({**metrics, "total": (loss, weight)})
+
+    return objective
+
+
+def label_losses(
+    cfg: LossConfig, logits_BC: Float[Array, "B C"], labels_B: Array, weights_B: Float[Array, " B"]
+) -> tuple[Float[Array, ""], TokenLosses]:
+    """Weighted sum of the training loss over rows, and the values of each row, [B]."""
+    whole = dataclasses.replace(cfg, chunk=0)
+    columns = (logits_BC[:, None], labels_B[:, None], weights_B[:, None])
+    loss, losses = cross_entropy(whole, lambda _, logits: logits, {}, *columns)
+    return loss, jax.tree.map(lambda x_B1: x_B1[:, 0], losses)
+
+
+def _pairs(label: TokenLosses, weights_B: Float[Array, " B"]) -> Pairs:
+    sums = {"nll": label.nll, "accuracy": label.hit}
+    return {name: (jnp.sum(weights_B * x_B), weights_B.sum()) for name, x_B in sums.items()}

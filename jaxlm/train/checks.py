@@ -1,0 +1,35 @@
+"""What the parts of a run ask of each other, before any work is spent."""
+
+from jaxlm.config import RunConfig
+from jaxlm.errors import UserError, check
+from jaxlm.model.context_parallel import CONTEXTS, check_columns
+from jaxlm.objectives.formats import check_model
+from jaxlm.sharding import Layout
+
+
+def check_shapes(cfg: RunConfig, layout: Layout) -> None:
+    """What no room can see alone: does the batch fit the mesh, and a row the model."""
+    check_model(cfg.model, cfg.data)
+    check(
+        cfg.data.format == "lm" or not cfg.train.sample_prompts,
+        f"train.sample_prompts={cfg.train.sample_prompts}, but data.format={cfg.data.format!r} makes no "
+        "model that continues a text; set train.sample_prompts=()",
+    )
+    B, M, multiple = cfg.data.batch_size, cfg.train.microbatches, layout.row_multiple
+    if B % (M * multiple):
+        parts, step = layout.pipeline_parts, M * multiple
+        pipe = f"{parts} microbatches in the pipeline x " if layout.stages > 1 else ""
+        raise UserError(
+            f"data.batch_size={B} is not divisible by train.microbatches={M} x {pipe}{multiple // parts} "
+            f"mesh devices that share the rows; the nearest that is: {max(step, round(B / step) * step)}"
+        )
+    zigzag = CONTEXTS[cfg.model.attention.context].zigzag and cfg.model.causal
+    check_columns(cfg.data.seq_len, layout, zigzag=zigzag)
+    if cfg.data.input_len:
+        check_columns(cfg.data.input_len, layout, zigzag=False)
+    longest = cfg.model.position.max_length
+    if cfg.model.position.kind == "learned":
+        check(
+            cfg.data.seq_len <= longest,
+            f"data.seq_len={cfg.data.seq_len} is longer than model.position.max_length={longest}",
+        )
