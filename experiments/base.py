@@ -158,15 +158,30 @@ def get_config(size: str = "full") -> ConfigDict:
     data.tokenizer = "byte"
     data.train = ""  # glob, 'glob=weight,glob=weight' or ((glob, weight), ...) of text or prepared folders
     data.eval = ""  # glob of the pinned eval set
-    data.text_key = "text"  # JSON field or Parquet column of the text
+    data.text_key = "text"  # JSON field or column of the text (seq2seq: of the input)
+    data.target_key = ""  # field or column of the target or label, or '.de' = lines of the file beside
+    data.classes = ()  # classification: the labels, as the field `target_key` spells them
+    data.format = "lm"  # what a row asks of the model: lm, mlm, ..., see jaxlm.data.formats
     data.seq_len = 256  # T, targets in a row
+    data.input_len = 0  # S, columns of the encoder's input
+    data.decoder_start = "bos"  # what a decoder's first target is predicted from: bos | eos (BART) | pad (T5)
+    data.with_bos = False  # inputs and targets of an encoder-decoder begin with BOS (BART)
     data.batch_size = 16  # B, rows of a step over all hosts
     data.packing = "concat"  # concat, first_fit or pad
-    data.seed = 0  # of the order
+    data.seed = 0  # of the order, and of the noise
     data.prefetch = 2  # batches made ahead of the step
     data.cache_dir = ""  # token shards of raw text; '' = beside the run directory
     data.workers = 0  # processes that tokenise raw text; 0 = all cores
     data.eval_tokens = 0  # evaluate on the first so many tokens; 0 = all
+
+    data.noise.rate = 0.15  # share of a row's tokens that are hidden (BERT, T5: 0.15, BART: 0.3)
+    data.noise.mean_span = 3.0  # mean length of the hidden spans
+    data.noise.whole_words = False  # words are hidden with all their tokens
+    data.noise.max_predictions = 0  # hidden tokens of a row at most; 0 = no limit (BERT: 20 of 128 columns)
+    data.noise.permute = False  # sentences come in a random order
+    data.noise.delete = 0.0  # share of the tokens that are left out without a trace
+    data.noise.rotate = 0.0  # share of the rows that begin at a token drawn among theirs
+    data.noise.variants = 0  # in how many ways a row is drawn; 0 = anew in each epoch (RoBERTa), BERT: 10
 
     # How parameters are updated. Fractions are shares of the run, regexes are searched in leaf names.
     optim = config.optim

@@ -15,6 +15,7 @@ from jaxlm.train.run import plan, train
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
 IDS = [path.stem for path in EXPERIMENTS]
+OBJECTIVES = sorted((ROOT / "experiments" / "objectives").glob("*.py"))
 
 # Parameters of the published shapes, and the devices that the docstring asks for.
 PUBLISHED = {
@@ -38,14 +39,14 @@ def test_all_are_here():
     assert set(IDS) == {"base", "quickstart", *PUBLISHED}
 
 
-@pytest.mark.parametrize("path", EXPERIMENTS, ids=IDS)
+@pytest.mark.parametrize("path", EXPERIMENTS + OBJECTIVES, ids=lambda path: path.stem)
 def test_the_docstring_says_claim_command_hardware_and_number(path):
     text = docstring(path)
     for part in ("Claim:", "Command:", "Hardware:", "Expected:", "Last run:"):
         assert text.count(f"\n{part}") == 1, part
     named = re.findall(r"--config=(\S+?\.py)", text)
     assert named
-    assert set(named) == {f"experiments/{path.name}"}
+    assert set(named) == {str(path.relative_to(ROOT))}
     # An expected number needs a run that gave it.
     expected, last = re.search(r"Expected: (.*?)\nLast run: (.*)", text, re.DOTALL).groups()
     assert expected.startswith("not run yet") == last.startswith("none")
@@ -105,3 +106,15 @@ def test_the_smoke_size_trains(path, tmp_path):
     assert result.mesh["data"] * result.mesh["fsdp"] * result.mesh["expert"] == jax.device_count()
     # Bytes of Python source: log2(256) = 8 bits before training.
     assert 1.0 < result.metrics["eval/bpb"] < 6.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", OBJECTIVES, ids=lambda path: path.stem)
+def test_other_objectives_train_at_their_smoke_size(path, tmp_path):
+    cfg = load(path, "smoke")
+    result = train(cfg, tmp_path / "run", bar=False)
+    assert result.status == "finished"
+    assert plan(load(path)).counts.n_total > plan(cfg).counts.n_total
+    assert 1.0 < result.metrics["eval/nll"] < 5.6  # ln 256 = 5.5 before training
+    assert "eval/bpb" not in result.metrics
+    assert ("eval/exact" in result.metrics) == (cfg.data.format == "seq2seq")
