@@ -41,7 +41,7 @@ def get_config(stage: str = "pretrain") -> ConfigDict:
     data = config.data
     data.tokenizer = "data/spam/tokenizer.model"
     data.train, data.eval = "data/spam/train.jsonl", "data/spam/heldout.jsonl"
-    data.seq_len, data.batch_size = 128, 32
+    data.seq_len, data.batch_size = 128, 16
 
     optim, train = config.optim, config.train
     optim.name, optim.lr = "muon", 1e-2

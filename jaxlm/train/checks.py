@@ -11,9 +11,9 @@ def check_shapes(cfg: RunConfig, layout: Layout) -> None:
     """What no room can see alone: does the batch fit the mesh, and a row the model."""
     check_model(cfg.model, cfg.data)
     check(
-        cfg.data.format == "lm" or not cfg.train.sample_prompts,
+        cfg.data.format == "lm" or cfg.data.facts.encoder or not cfg.train.sample_prompts,
         f"train.sample_prompts={cfg.train.sample_prompts}, but data.format={cfg.data.format!r} makes no "
-        "model that continues a text; set train.sample_prompts=()",
+        "model that writes text; set train.sample_prompts=()",
     )
     B, M, multiple = cfg.data.batch_size, cfg.train.microbatches, layout.row_multiple
     if B % (M * multiple):
