@@ -28,7 +28,9 @@ def get_config(size: str = "full") -> ConfigDict:
     model = config.model
     model.vocab_size = 256  # V
     model.num_layers = 4  # L
+    model.shared_layers = 1  # layers in a row (periods of the pattern) with the same parameters (ALBERT)
     model.model_dim = 128  # D
+    model.embed_dim = 0  # E of tables that a linear layer projects to D (ALBERT); 0 = D, and no such layer
     model.mlp_dim = 0  # F, width of a dense MLP; 0 = 4 D
     model.mlp_pattern = ("dense",)  # one period of layers, each 'dense' or 'moe'
     # so many first layers have a dense MLP; mlp_pattern begins after them (DeepSeek)
@@ -127,6 +129,21 @@ def get_config(size: str = "full") -> ConfigDict:
     model.readout.of = "first"  # first | last | mean: of a row's tokens | each: one by one
     model.readout.dense = ""  # activation after a D x D layer before them (BERT's pooler: tanh); "" = none
     model.readout.bias = True  # on the logits
+
+    model.disentangled.span = 0  # distances to either side that are told apart, at least nearly; 0 = none are
+    # c2p: content of the query, p2c: of the key, each against the distance (DeBERTa)
+    model.disentangled.terms = ("c2p", "p2c")
+    # rows to either side, half of them for the nearest distances; 0 = one a distance
+    model.disentangled.buckets = 0
+    model.disentangled.shared = (
+        True  # distances go through the projections of keys and queries, not their own
+    )
+    model.disentangled.norm = False  # the table is normalised
+
+    # W, tokens that a convolution beside the first layer sees, half of them on either side; odd; 0 = none
+    model.convolution.width = 0
+    model.convolution.activation = "tanh"  # name in jaxlm.model.layers.ACTIVATIONS
+
     model.moe.num_experts = 0  # E; 0 = the model has no MoE layers
     model.moe.top_k = 2  # experts per token
     model.moe.expert_dim = 0  # width of each expert; 0 = mlp_dim

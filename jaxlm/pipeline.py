@@ -46,6 +46,7 @@ def run_layers(
     *,
     scan: bool = True,
     remat: str = "none",
+    uses: int = 1,
 ) -> tuple[Any, Any]:
     """`run_stack`, through the stages of the layout in use if it has any.
 
@@ -53,23 +54,24 @@ def run_layers(
         make_block: `(rows, shared, part) -> block`, where `block` is as for `run_stack`. `rows` are all rows
             and `part` is None without a pipeline; else the rows of microbatch `part`, a traced integer.
             Blocks read arrays from `rows` and `shared`: those that they close over have the wrong layout.
-        params: tree with leaves stacked along a leading axis of length L.
+        params: tree with leaves stacked along a leading axis of length L / uses.
         carry: tree of [B, ...] leaves that flow from layer to layer.
-        xs: further per-layer inputs, stacked like `params`.
+        xs: further per-layer inputs, stacked along an axis of length L.
         rows: tree of [B, ...] leaves that the layers of a row read, and that have no gradient.
         shared: tree of arrays that all layers and rows read.
-        scan, remat: as for `run_stack`.
+        scan, remat, uses: as for `run_stack`.
 
     Returns:
         The last carry, and the per-layer outputs stacked along a leading axis of length L. Through a pipeline
         these are added up over the microbatches: they have to be sums over rows.
 
     Raises:
-        UserError: S x R does not divide L, or M microbatches do not divide B.
+        UserError: S x R does not divide L / uses, or M microbatches do not divide B.
     """
     layout = current()
     if layout is None or layout.stages == 1:
-        return run_stack(make_block(rows, shared, None), params, carry, xs, scan=scan, remat=remat)
+        how = dict(scan=scan, remat=remat, uses=uses)
+        return run_stack(make_block(rows, shared, None), params, carry, xs, **how)
     length = jax.tree.leaves(params)[0].shape[0]
     _check(layout, length, jax.tree.leaves(carry)[0].shape[0])
     S, M, R = layout.stages, layout.pipeline_parts, layout.pipe_repeats
@@ -92,7 +94,7 @@ def run_layers(
                 first = _where(t < M, incoming, again)
             x = _where(stage == 0, first, arrived)
             block = make_block(_at(rows, part), shared, part)
-            x, ys = run_stack(block, _at(params, rnd), x, _at(xs, rnd), scan=scan, remat=remat)
+            x, ys = run_stack(block, _at(params, rnd), x, _at(xs, rnd), scan=scan, remat=remat, uses=uses)
             # Slot t mod M/S moves one stage down; results enter it at the last stage, and are at home when
             # the last of them is done.
             down = _send(incoming, [(s, s - 1) for s in range(1, S)])
@@ -107,7 +109,7 @@ def run_layers(
         ys = jax.tree.map(lambda y: jnp.stack([_sum_where(round_of == r, y) for r in range(R)]), ys)
         return jax.tree.map(lambda x: _joined(jnp.roll(x, 1 - S, axis=0)), feed), ys
 
-    by_round = lambda tree: jax.tree.map(lambda x: x.reshape(R, length // R, *x.shape[1:]), tree)  # noqa: E731
+    by_round = lambda tree: jax.tree.map(lambda x: x.reshape(R, x.shape[0] // R, *x.shape[1:]), tree)  # noqa: E731
     run = jax.shard_map(
         stages,
         mesh=None,
@@ -117,7 +119,7 @@ def run_layers(
         check_vma=False,
     )
     carry, ys = run(by_round(params), by_round(xs), carry, rows, shared)
-    return carry, jax.tree.map(lambda y: y.reshape(length, *y.shape[2:]), ys)
+    return carry, jax.tree.map(lambda y: y.reshape(length * uses, *y.shape[2:]), ys)
 
 
 def _check(layout: Layout, length: int, batch: int) -> None:

@@ -87,25 +87,33 @@ def run_stack(
     *,
     scan: bool = True,
     remat: str = "none",
+    uses: int = 1,
 ) -> tuple[Any, Any]:
     """Apply `block` once per layer: `carry, y = block(params_l, carry, x_l)`.
 
     Args:
         block: pure function of (one layer's params, carry, one layer's slice of `xs`).
-        params: tree with leaves stacked along a leading axis of length L.
+        params: tree with leaves stacked along a leading axis of length L / uses.
         carry: what flows from layer to layer.
-        xs: further per-layer inputs (caches, keys), stacked like `params`, or None.
+        xs: further per-layer inputs (caches, keys), stacked along an axis of length L, or None.
         scan: `lax.scan` (one compiled body) or an unrolled Python loop; the values are the same.
         remat: name in `REMAT`.
+        uses: how many layers in a row have the same parameters; their gradients are added up.
 
     Returns:
         The last carry, and the per-layer outputs stacked along a leading axis of length L.
     """
     body = rematerialised(block, remat, scan=scan)
-    if scan:
+    if scan and uses == 1:
         return jax.lax.scan(lambda c, px: body(px[0], c, px[1]), carry, (params, xs))
+    if scan:
+        xs = jax.tree.map(lambda x: x.reshape(x.shape[0] // uses, uses, *x.shape[1:]), xs)
+        carry, ys = jax.lax.scan(
+            lambda c, px: jax.lax.scan(lambda c, x: body(px[0], c, x), c, px[1]), carry, (params, xs)
+        )
+        return carry, jax.tree.map(lambda y: y.reshape(y.shape[0] * uses, *y.shape[2:]), ys)
     outs = []
-    layers = unstack(params)
+    layers = [params_l for params_l in unstack(params) for _ in range(uses)]
     for i, params_l in enumerate(layers):
         carry, y = body(params_l, carry, jax.tree.map(lambda x, i=i: x[i], xs))
         outs.append(y)

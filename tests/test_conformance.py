@@ -24,6 +24,7 @@ from jaxlm.model import transformer as tf
 from jaxlm.model.attention import AttentionConfig, LatentConfig
 from jaxlm.model.config import EncoderConfig
 from jaxlm.model.context_parallel import CONTEXTS
+from jaxlm.model.disentangled import DisentangledConfig
 from jaxlm.model.moe import MoEConfig
 from jaxlm.objectives.lm import LossConfig, make_lm_objective
 from jaxlm.optim import OptimConfig, make_optimizer, make_schedule
@@ -85,6 +86,17 @@ MODELS = {
         attention=AttentionConfig(num_heads=8, num_kv_heads=4, head_dim=8, backend="reference"),
         encoder=EncoderConfig(num_layers=3, mlp_dim=48),
     ),
+    "shared": dataclasses.replace(
+        DENSE,
+        num_layers=4,
+        shared_layers=2,
+        embed_dim=24,
+        causal=False,
+        tie_embeddings=True,
+        head_transform=True,
+        activation="gelu",
+        disentangled=DisentangledConfig(span=9, buckets=6, shared=False, norm=True),
+    ),
 }  # fmt: skip
 
 # name -> (mesh, how attention reaches over split columns)
@@ -142,6 +154,7 @@ FAST = {
     ("capacity", "fsdp2_tensor2_expert2"),
     ("latent", "fsdp2_tensor2_expert2"),
     ("seq2seq", "data2_ring2_tensor2"),
+    ("shared", "fsdp2_gather2_tensor2"),
 }
 
 
@@ -151,8 +164,9 @@ def fits(cfg: tf.TransformerConfig, mesh: MeshConfig, context: str) -> bool:
     return (
         (mesh.expert == 1 or routed)
         and (context != "ring" or not routed or cfg.moe.dispatch != "capacity")
-        and cfg.repeats % mesh.pipe == 0
+        and cfg.repeats // cfg.shared_layers % mesh.pipe == 0
         and (mesh.pipe == 1 or not cfg.has_encoder)
+        and (not cfg.disentangled.span or CONTEXTS[context].bias)
     )
 
 

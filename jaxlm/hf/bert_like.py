@@ -5,14 +5,23 @@ The class that a file names decides what stands on top, see `jaxlm.hf.tops`.
 
 from typing import Any
 
-from jaxlm.hf.family import Family, Fields, HFConfig, Top
+from jaxlm.hf.family import Family, Fields, HFConfig
 from jaxlm.hf.fields import PLAIN, activation, activation_name, refuse
 from jaxlm.hf.gpt_like import biases, layer
 from jaxlm.hf.packing import Packing, same
-from jaxlm.hf.tops import classes, encoder_tops, pooler, rows, vocabulary, with_vocabulary
+from jaxlm.hf.tops import (
+    classes,
+    encoder_tops,
+    pooled,
+    pooler,
+    rows,
+    vocabulary,
+    vocabulary_bias,
+    with_vocabulary,
+)
 from jaxlm.model.config import TransformerConfig
 
-_KEYS = {
+KEYS = {
     "vocab_size": "vocab_size",
     "hidden_size": "model_dim",
     "num_hidden_layers": "num_layers",
@@ -21,13 +30,13 @@ _KEYS = {
     "layer_norm_eps": "norm_eps",
     "type_vocab_size": "token_types",
 }
-_DEFAULTS = {
+DEFAULTS = {
     "hidden_act": "gelu",
     "layer_norm_eps": 1e-12,
     "max_position_embeddings": 512,
     "type_vocab_size": 2,
 }
-_PARTS = {
+PARTS = {
     "q": "attention.self.query",
     "k": "attention.self.key",
     "v": "attention.self.value",
@@ -37,7 +46,7 @@ _PARTS = {
     "attention_norm": "attention.output.LayerNorm",
     "mlp_norm": "output.LayerNorm",
 }
-_ENCODER: Fields = {
+ENCODER: Fields = {
     **biases(True),
     "norm": "layernorm",
     "norm_position": "post",
@@ -48,62 +57,67 @@ _ENCODER: Fields = {
 }
 
 
-def _tensors(prefix: str) -> dict[str, Packing]:
+def embedded(prefix: str) -> dict[str, Packing]:
     return {
         f"{prefix}embeddings.word_embeddings.weight": same("embed/table"),
         f"{prefix}embeddings.position_embeddings.weight": same("embed/positions"),
         f"{prefix}embeddings.token_type_embeddings.weight": same("embed/types"),
         f"{prefix}embeddings.LayerNorm.weight": same("embed_norm/scale"),
         f"{prefix}embeddings.LayerNorm.bias": same("embed_norm/bias"),
-        **layer(f"{prefix}encoder.layer.{{i}}.", _PARTS),
     }
 
 
-def _plain(hf: HFConfig, offset: int) -> Fields:
+def plain(hf: HFConfig, offset: int) -> Fields:
     refuse(hf, position_embedding_type="absolute", is_decoder=False, add_cross_attention=False)
-    refuse(hf, tie_word_embeddings=True)
     return {
-        **_ENCODER,
+        **ENCODER,
         **activation(hf, "hidden_act", PLAIN),
         "position.max_length": hf["max_position_embeddings"] - offset,
         "position.offset": offset,
     }
 
 
-def _plain_keys(cfg: TransformerConfig) -> dict[str, Any]:
+def plain_keys(cfg: TransformerConfig) -> dict[str, Any]:
     length = cfg.position.offset + cfg.position.max_length
-    return {"max_position_embeddings": length, "hidden_act": activation_name(cfg, PLAIN)}
+    return {"max_position_embeddings": length, "hidden_act": activation_name(cfg, PLAIN), **top_keys(cfg)}
 
 
-def _pooled(prefix: str) -> Top:
-    """The bare model with its pooler."""
-    return Top("", lambda hf: {"readout.dense": "tanh"}, pooler(f"{prefix}pooler.dense"))
+def top_keys(cfg: TransformerConfig) -> dict[str, Any]:
+    """What config.json says of what stands on top, beside the class."""
+    bare = not (cfg.readout.dense or cfg.readout.classes or cfg.head_transform)
+    return {"tie_word_embeddings": cfg.tie_embeddings, **({"add_pooling_layer": False} if bare else {})}
+
+
+PREDICTIONS = vocabulary(
+    "cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.decoder"
+)
+PREDICTIONS_BIAS = vocabulary_bias("cls.predictions.bias", "cls.predictions.decoder.bias")
+# Positions are not learned, and a bias that stands beside that of an untied matrix is not used.
+IGNORED = (r"position_ids$", r"^cls\.predictions\.bias$", r"^predictions\.bias$", r"^lm_head\.bias$")
 
 
 def _bert_family() -> Family:
-    lm = vocabulary(
-        "cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias"
-    )
-    pooled = pooler("bert.pooler.dense")
-    next_sentence = rows({**pooled, **classes("cls.seq_relationship")}, dense="tanh", number=2)
+    dense = pooler("bert.pooler.dense")
+    next_sentence = rows({**dense, **classes("cls.seq_relationship")}, dense="tanh", number=2)
     tops = encoder_tops(
         "Bert",
-        lm=lm,
-        sequence=rows({**pooled, **classes("classifier")}, dense="tanh"),
-        model=_pooled("bert."),
+        head=PREDICTIONS,
+        sequence=rows({**dense, **classes("classifier")}, dense="tanh"),
+        model=pooled("bert.pooler.dense"),
         ForNextSentencePrediction=next_sentence,
-        ForPreTraining=with_vocabulary(next_sentence, lm),
+        ForPreTraining=with_vocabulary(next_sentence, PREDICTIONS),
     )
     return Family(
         "bert",
         "BertForMaskedLM",
-        _KEYS,
-        lambda hf: _plain(hf, 0),
-        _plain_keys,
-        _tensors("bert."),
-        defaults=_DEFAULTS,
+        KEYS,
+        lambda hf: plain(hf, 0),
+        plain_keys,
+        {**embedded("bert."), **layer("bert.encoder.layer.{i}.", PARTS)},
+        defaults=DEFAULTS,
         prefix="bert.",
-        ignored=(r"position_ids$",),
+        ignored=IGNORED,
+        alternatives=PREDICTIONS_BIAS,
         tops=tops,
     )
 
@@ -114,26 +128,26 @@ def _roberta_family(model_type: str, name: str) -> Family:
     return Family(
         model_type,
         f"{name}ForMaskedLM",
-        _KEYS,
-        lambda hf: _plain(hf, (1 if hf.get("pad_token_id") is None else hf["pad_token_id"]) + 1),
-        lambda cfg: {**_plain_keys(cfg), "pad_token_id": cfg.position.offset - 1},
-        _tensors("roberta."),
-        defaults=_DEFAULTS,
+        KEYS,
+        lambda hf: plain(hf, (1 if hf.get("pad_token_id") is None else hf["pad_token_id"]) + 1),
+        lambda cfg: {**plain_keys(cfg), "pad_token_id": cfg.position.offset - 1},
+        {**embedded("roberta."), **layer("roberta.encoder.layer.{i}.", PARTS)},
+        defaults=DEFAULTS,
         prefix="roberta.",
-        ignored=(r"position_ids$",),
+        ignored=IGNORED,
+        alternatives=vocabulary_bias("lm_head.bias", "lm_head.decoder.bias"),
         tops=encoder_tops(
             name,
-            lm=vocabulary("lm_head.dense", "lm_head.layer_norm", "lm_head.bias"),
+            head=vocabulary("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder"),
             sequence=rows(head, dense="tanh"),
-            model=_pooled("roberta."),
+            model=pooled("roberta.pooler.dense"),
         ),
     )
 
 
 def _distilbert(hf: HFConfig) -> Fields:
-    refuse(hf, sinusoidal_pos_embds=False, tie_word_embeddings=True)
     return {
-        **_ENCODER,
+        **ENCODER,
         **activation(hf, "activation", PLAIN),
         "norm_eps": 1e-12,
         "position.max_length": hf["max_position_embeddings"],
@@ -152,7 +166,7 @@ def _distilbert_family() -> Family:
         "attention_norm": "sa_layer_norm",
         "mlp_norm": "output_layer_norm",
     }
-    embeddings = {n: p for n, p in _tensors("distilbert.").items() if ".embeddings." in n and "type" not in n}
+    embeddings = {n: p for n, p in embedded("distilbert.").items() if ".embeddings." in n and "type" not in n}
     return Family(
         "distilbert",
         "DistilBertForMaskedLM",
@@ -167,14 +181,16 @@ def _distilbert_family() -> Family:
         lambda cfg: {
             "max_position_embeddings": cfg.position.max_length,
             "activation": activation_name(cfg, PLAIN),
+            "tie_word_embeddings": cfg.tie_embeddings,
         },
         {**embeddings, **layer("distilbert.transformer.layer.{i}.", parts)},
         defaults={"activation": "gelu", "max_position_embeddings": 512},
         prefix="distilbert.",
-        ignored=(r"position_ids$",),
+        ignored=IGNORED,
+        alternatives=vocabulary_bias("vocab_projector.bias", "vocab_projector.bias"),
         tops=encoder_tops(
             "DistilBert",
-            lm=vocabulary("vocab_transform", "vocab_layer_norm", "vocab_projector.bias"),
+            head=vocabulary("vocab_transform", "vocab_layer_norm", "vocab_projector"),
             sequence=rows(head, dense="relu"),
         ),
     )

@@ -5,6 +5,7 @@ import dataclasses
 from jaxlm.errors import UserError, nearest
 from jaxlm.hf import (
     bert_like,
+    bert_variants,
     expert_variants,
     gpt_like,
     gpt_variants,
@@ -31,7 +32,16 @@ def _topped(family: Family) -> Family:
 
 FAMILIES: dict[str, Family] = {
     family.model_type: _topped(family)
-    for room in (llama_like, llama_variants, expert_variants, gpt_like, gpt_variants, bert_like, seq2seq_like)
+    for room in (
+        llama_like,
+        llama_variants,
+        expert_variants,
+        gpt_like,
+        gpt_variants,
+        bert_like,
+        bert_variants,
+        seq2seq_like,
+    )
     for family in room.FAMILIES
 }
 

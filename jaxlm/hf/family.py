@@ -8,6 +8,8 @@ from jaxlm.errors import UserError, check, check_choice
 from jaxlm.hf.packing import Packing
 from jaxlm.model.attention import AttentionConfig, LatentConfig
 from jaxlm.model.config import EncoderConfig, ReadoutConfig, TransformerConfig, encoder_of
+from jaxlm.model.convolution import ConvolutionConfig
+from jaxlm.model.disentangled import DisentangledConfig
 from jaxlm.model.moe import MoEConfig
 from jaxlm.model.positions import PositionConfig
 
@@ -34,7 +36,8 @@ class Family:
     keys: Mapping[str, str]  # its field -> ours, dotted; an absent one, or null, is left at our default
     read: Callable[[HFConfig], Fields]  # our other fields from its config
     write: Callable[[TransformerConfig], dict[str, Any]]  # its other fields from ours, the inverse of `read`
-    # Tensor -> packing. {i} is a layer, {e} an expert, {h} a head. Rows without leaves here do not count.
+    # Tensor -> packing. {i} is a layer ({unit} its period of the pattern, {member} its place there), {e} an
+    # expert, {h} a head. Rows without leaves here do not count.
     tensors: Mapping[str, Packing]
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of fields that files leave out
     prefix: str = "model."  # of all tensors but the head's; files of the bare model go without it
@@ -80,6 +83,8 @@ GROUPS = {
     "moe": MoEConfig,
     "readout": ReadoutConfig,
     "encoder": EncoderConfig,
+    "disentangled": DisentangledConfig,
+    "convolution": ConvolutionConfig,
 }
 # How a model is run and trained, not what it computes.
 _EXECUTION = {
@@ -117,8 +122,9 @@ def canonical(cfg: TransformerConfig) -> TransformerConfig:
         window=cfg.attention.window if "local" in cfg.attention.pattern else 0,
         num_kv_heads=cfg.attention.kv_heads,
         head_dim=cfg.head_dim,
-        pattern=period(cfg.attention.pattern),
-        scale=0.0 if cfg.attention.scale == cfg.head_dim**-0.5 else cfg.attention.scale,
+        # Of shared layers the pattern also says how many there are in a unit.
+        pattern=cfg.attention.pattern if cfg.shared_layers > 1 else period(cfg.attention.pattern),
+        scale=0.0 if cfg.attention.scale == cfg.disentangled.scale(cfg.head_dim) else cfg.attention.scale,
         **defaults(cfg.attention, "attention"),
     )
     readout = dataclasses.replace(cfg.readout, bias=cfg.readout.bias or not cfg.readout.classes)
@@ -131,6 +137,8 @@ def canonical(cfg: TransformerConfig) -> TransformerConfig:
     return dataclasses.replace(
         cfg,
         attention=attention,
+        convolution=cfg.convolution if cfg.convolution.width else ConvolutionConfig(),
+        disentangled=cfg.disentangled if cfg.disentangled.span else DisentangledConfig(),
         readout=readout if readout.classes or readout.dense else ReadoutConfig(),
         encoder=encoder,
         moe=dataclasses.replace(cfg.moe, **defaults(cfg.moe, "moe")),

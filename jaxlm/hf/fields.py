@@ -14,11 +14,14 @@ PLAIN = {
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_python": "gelu",
     "quick_gelu": "quick_gelu",
     "relu": "relu",
     "relu2": "relu2",
     "silu": "silu",
     "swish": "silu",
+    "tanh": "tanh",
 }
 GATED = {
     "silu": "swiglu",

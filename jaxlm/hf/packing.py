@@ -32,7 +32,7 @@ def same(leaf: str) -> Packing:
     return Packing(
         (leaf,),
         lambda cfg, t, shapes: [t.reshape(shapes[0])],
-        lambda cfg, xp, leaves: leaves[0].reshape(-1) if leaf[-2:] in _HEAD_BIASES else leaves[0],
+        lambda cfg, xp, leaves: leaves[0].reshape(-1) if leaf.split("/")[-1] in _HEAD_BIASES else leaves[0],
     )
 
 
@@ -45,7 +45,7 @@ def row(leaf: str) -> Packing:
     )
 
 
-_HEAD_BIASES = ("bq", "bk", "bv")
+_HEAD_BIASES = ("bq", "bk", "bv", "bk_rel", "bq_rel")
 
 
 def linear(leaf: str, *, inputs: int = 1, torch: bool = True) -> Packing:
@@ -60,6 +60,15 @@ def linear(leaf: str, *, inputs: int = 1, torch: bool = True) -> Packing:
         return w.T if torch else w
 
     return Packing((leaf,), read, write)
+
+
+def convolution(leaf: str) -> Packing:
+    """A convolution of ours, [width, inputs, outputs], kept as [outputs, inputs, width]."""
+    return Packing(
+        (leaf,),
+        lambda cfg, t, shapes: [t.transpose(2, 1, 0)],
+        lambda cfg, xp, leaves: leaves[0].transpose(2, 1, 0),
+    )
 
 
 def head_rows(leaf: str) -> Packing:

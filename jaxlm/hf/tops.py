@@ -1,11 +1,15 @@
 """What stands on top of a model in the classes of `transformers` that many families have."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from jaxlm.hf.family import Fields, HFConfig, Top, labels
 from jaxlm.hf.packing import Packing, linear, same
+from jaxlm.model.config import TransformerConfig
 
-LM = {"head_transform": True, "head_bias": True}  # an encoder's head over the vocabulary
+
+def lm(hf: HFConfig) -> Fields:
+    """An encoder's head over the vocabulary."""
+    return {"head_transform": True, "head_bias": True, "tie_embeddings": hf.get("tie_word_embeddings", True)}
 
 
 def classes(name: str) -> dict[str, Packing]:
@@ -18,15 +22,26 @@ def pooler(name: str) -> dict[str, Packing]:
     return {f"{name}.weight": linear("pooler/w"), f"{name}.bias": same("pooler/b")}
 
 
-def vocabulary(dense: str, norm: str, bias: str) -> dict[str, Packing]:
-    """An encoder's head over the vocabulary; its matrix is the table."""
+def vocabulary(dense: str, norm: str, matrix: str) -> dict[str, Packing]:
+    """An encoder's head over the vocabulary but for its bias; a tied one has the table for a matrix."""
     return {
+        f"{matrix}.weight": linear("head/w"),
         f"{dense}.weight": linear("transform/w"),
         f"{dense}.bias": same("transform/b"),
         f"{norm}.weight": same("transform_norm/scale"),
         f"{norm}.bias": same("transform_norm/bias"),
-        bias: same("head/b"),
     }
+
+
+def vocabulary_bias(tied: str, untied: str) -> Callable[[TransformerConfig], dict[str, Packing]]:
+    """Its bias, whose name depends on whether the matrix is tied."""
+    return lambda cfg: {tied if cfg.tie_embeddings else untied: same("head/b")}
+
+
+def pooled(name: str) -> Top:
+    """An encoder with a pooler, unless config.json says that there is none."""
+    dense = lambda hf: "tanh" if hf.get("add_pooling_layer", True) else ""  # noqa: E731
+    return Top("", lambda hf: {"readout.dense": dense(hf)}, pooler(name))
 
 
 def rows(
@@ -46,17 +61,17 @@ def tokens(name: str = "classifier") -> Top:
     return rows(classes(name), of="each")
 
 
-def with_vocabulary(top: Top, lm: Mapping[str, Packing]) -> Top:
+def with_vocabulary(top: Top, head: Mapping[str, Packing]) -> Top:
     """Both a head over the vocabulary, whose logits are called so, and another."""
-    return Top("vocabulary", lambda hf: {**top.read(hf), **LM}, {**top.tensors, **lm})
+    return Top("vocabulary", lambda hf: {**top.read(hf), **lm(hf)}, {**top.tensors, **head})
 
 
 def encoder_tops(
-    name: str, *, lm: Mapping[str, Packing], sequence: Top, model: Top | None = None, **more: Top
+    name: str, *, head: Mapping[str, Packing], sequence: Top, model: Top | None = None, **more: Top
 ) -> dict[str, Top]:
     """The classes of an encoder; `more` are called by the ends of their names."""
     return {
-        f"{name}ForMaskedLM": Top("vocabulary", lambda hf: LM, lm),
+        f"{name}ForMaskedLM": Top("vocabulary", lm, head),
         f"{name}ForSequenceClassification": sequence,
         f"{name}ForTokenClassification": tokens(),
         f"{name}ForQuestionAnswering": tokens("qa_outputs"),

@@ -50,11 +50,14 @@ def layout_of(cfg: TransformerConfig, family: Family) -> dict[str, Entry]:
         if inside and not cfg.has_encoder:
             continue
         stack, side = (encoder_of(cfg), _ENCODER) if inside else (cfg, "")
-        for i in range(stack.num_layers) if "{i}" in pattern else (None,):
+        # Of layers that share their parameters, the first.
+        uses = [i for i in range(stack.num_layers) if i // stack.period % stack.shared_layers == 0]
+        by_layer = "{i}" in pattern or "{unit}" in pattern
+        for i, use in enumerate(uses if by_layer else (None,)):
             layer = None
             where = side
-            if i is not None:
-                place, layer = stack.place(i)
+            if use is not None:
+                place, layer = stack.place(use)
                 where += f"{place}/"
             paths = [_find(where, leaf.removeprefix(side), leaves) for leaf in packing.leaves]
             if None in paths:
@@ -63,7 +66,7 @@ def layout_of(cfg: TransformerConfig, family: Family) -> dict[str, Entry]:
             whole = [leaves[path].shape[0 if layer is None else 1 :] for path in paths]
             parts, shapes = _parts(cfg, pattern, whole)
             for part in parts:
-                name = pattern.format(i=i, e=part, h=part)
+                name = pattern.format(i=i, unit=i // cfg.period, member=i % cfg.period, e=part, h=part)
                 slots = tuple(Slot(path, layer, part) for path in paths)
                 args = [jax.ShapeDtypeStruct(s, "float32") for s in shapes]
                 made = jax.eval_shape(lambda *x, p=packing: p.write(cfg, jnp, x), *args)
@@ -93,7 +96,7 @@ def _parts(
     return [None], shapes
 
 
-_TIED = r"(^|\.)((lm_head|embed_out|decoder|vocab_projector)\.weight|decoder\.bias)$"
+_TIED = r"(^|\.)(((generator_)?lm_head|embed_out|decoder|vocab_projector)\.weight|decoder\.bias)$"
 
 
 def names_in(family: Family, entries: dict[str, Entry], source: Source) -> dict[str, str]:

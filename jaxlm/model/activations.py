@@ -9,10 +9,12 @@ from jaxtyping import Array, Float, Int
 
 from jaxlm.model.attention import Attention
 from jaxlm.model.config import TransformerConfig
+from jaxlm.model.convolution import after_layer
+from jaxlm.model.heads import norm, unembed
 from jaxlm.model.latent_attention import LatentAttention
 from jaxlm.model.layers import MLP
 from jaxlm.model.moe import MoE
-from jaxlm.model.transformer import Params, blocks_of, embed, last_norm, make_context, unembed
+from jaxlm.model.transformer import Params, blocks_of, embed, last_norm, make_context, position_table
 
 
 def activations(
@@ -34,17 +36,18 @@ def activations(
 
     Returns:
         `embedding` [B, T, D]; `attention`, `mlp` and `residual` [L, B, T, D]: each layer's branches before
-        they are added, and the stream after it; `hidden` [B, T, D], what `apply` returns; `logits` [B, T, V].
+        they are added, and the stream after it; `hidden` [B, T, D], what `apply` returns; `logits` [B, T, V],
+        if there is a head for them.
     """
     B, T = tokens_BT.shape
     ordered = positions_BT is None
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-    bias_table = params["position_bias"]["table"] if cfg.position.kind == "t5" else None
-    ctx = make_context(cfg, positions_BT, segments_BT, None, bias_table)
+    ctx = make_context(cfg, positions_BT, segments_BT, None, position_table(cfg, params))
     memory = dict(memory_BSD=memory_BSD, memory_segments_BS=memory_segments_BS)
     ctx = dataclasses.replace(ctx, ordered=ordered, **memory)
     x_BTD = embed(cfg, params, tokens_BT, positions_BT, types_BT)
+    after = after_layer(cfg.convolution, params, norm(cfg), x_BTD, segments_BT, cfg.dtype, cfg.accum_dtype)
     seen: dict[str, Any] = {"embedding": x_BTD, "attention": [], "mlp": [], "residual": []}
     branch = lambda module, _: isinstance(module, Attention | LatentAttention | MLP | MoE)  # noqa: E731
     for i, block in enumerate(blocks_of(cfg)):
@@ -56,10 +59,12 @@ def activations(
         (x_BTD, _, _), captured = block.apply(
             {"params": params_l}, x_BTD, ctx, capture_intermediates=branch, mutable=["intermediates"]
         )
+        x_BTD = after(x_BTD, jnp.asarray(i))
         outputs = {name: calls["__call__"][0] for name, calls in captured["intermediates"].items()}
         mlp = outputs["mlp"] if "mlp" in outputs else outputs["moe"][0]
         for name, x in (("attention", outputs["attention"][0]), ("mlp", mlp), ("residual", x_BTD)):
             seen[name].append(x)
     x_BTD = last_norm(cfg, params, x_BTD)
     seen = {name: jnp.stack(x) if isinstance(x, list) else x for name, x in seen.items()}
-    return {**seen, "hidden": x_BTD, "logits": unembed(cfg, params, x_BTD)}
+    logits = {"logits": unembed(cfg, params, x_BTD)} if cfg.unembeds else {}
+    return {**seen, "hidden": x_BTD, **logits}

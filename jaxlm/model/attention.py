@@ -1,6 +1,7 @@
 """Attention: its config, what every block reads, and the module with projections, rotation and cache."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from functools import partial
 
@@ -13,6 +14,7 @@ from jaxlm.errors import check, check_choice
 from jaxlm.model.backends import BACKENDS, attend
 from jaxlm.model.cache import LayerCache, MemoryCache, write
 from jaxlm.model.context_parallel import CONTEXTS, attend_split
+from jaxlm.model.disentangled import DisentangledConfig, disentangled_scores
 from jaxlm.model.layers import NORMS, Norm, normal_init
 from jaxlm.model.masks import Mask
 from jaxlm.model.positions import rotate
@@ -138,6 +140,7 @@ class Context:
     allowed_BTS: Bool[Array, "B T S"] | None = None  # a further mask, for example of a prefix LM
     rotation: dict[str, tuple[Array, Array]] | None = None  # layer kind -> (cos, sin)
     bias: Callable[[Array, Array], Array] | None = None  # (q positions, k positions) -> bias_BNTS
+    distances_RD: Float[Array, "R D"] | None = None  # table of disentangled attention
     ordered: bool = True  # positions grow along every document, see `Mask`
     zigzag: bool = False  # columns lie in the order of `context_parallel.zigzag`
     memory_BSD: Float[Array, "B S D"] | None = None
@@ -161,6 +164,7 @@ class Attention(nn.Module):
     dtype: str
     param_dtype: str
     accum_dtype: str
+    disentangled: DisentangledConfig = DisentangledConfig()
 
     @nn.compact
     def __call__(
@@ -171,12 +175,18 @@ class Attention(nn.Module):
         dtypes = dict(dtype=self.dtype, accum=self.accum_dtype)
         init = normal_init(self.init_std(D))
 
-        def project(name: str, source: Array, heads: int) -> Array:
-            axis = "heads" if name == "q" else "kv_heads"
+        @functools.cache
+        def weights(name: str, heads: int) -> tuple[Array, Array | None]:
             w_DNH = self.param(f"w{name}", init, (D, heads, H), self.param_dtype)
+            if not cfg.qkv_bias:
+                return w_DNH, None
+            return w_DNH, self.param(f"b{name}", nn.initializers.zeros, (heads, H), self.param_dtype)
+
+        def project(name: str, source: Array, heads: int) -> Array:
+            axis = "heads" if name[0] == "q" else "kv_heads"
+            w_DNH, b_NH = weights(name, heads)
             y = matmul("BTD,DNH->BTNH", source, w_DNH, out=("batch", "length", axis, "head_dim"), **dtypes)
-            if cfg.qkv_bias:
-                b_NH = self.param(f"b{name}", nn.initializers.zeros, (heads, H), self.param_dtype)
+            if b_NH is not None:
                 y = y + b_NH.astype(self.dtype)
             if cfg.qk_norm and name != "v":
                 y = normalised(name, y)
@@ -227,8 +237,20 @@ class Attention(nn.Module):
             k_BSKH, v_BSKH, mask, cache = through_cache(k_BSKH, v_BSKH, ctx, cache, self.causal, self.window)
 
         sinks_N = self.param("sinks", nn.initializers.zeros, (N,), self.param_dtype) if cfg.sinks else None
+        scale = cfg.scale or self.disentangled.scale(H)
+        if self.disentangled.span and not self.cross:
+            suffix = "" if self.disentangled.shared else "_rel"
+            names = {"c2p": f"k{suffix}", "p2c": f"q{suffix}"}
+            rows = {
+                term: project(names[term], ctx.distances_RD[None], N)[0] for term in self.disentangled.terms
+            }
+
+            def bias(q_positions_BT: Array, k_positions_BS: Array) -> Array:
+                row_BTS = self.disentangled.row(q_positions_BT[:, :, None] - k_positions_BS[:, None, :])
+                return scale * disentangled_scores(q_BTNH, k_BSKH, rows, row_BTS, **dtypes)
+
+            ctx = dataclasses.replace(ctx, bias=bias)
         how = dict(cached=cache is not None, plain=self.is_initializing(), cross=self.cross, **dtypes)
-        scale = cfg.scale or H**-0.5
         out_BTNH = attend_own(cfg, q_BTNH, k_BSKH, v_BSKH, mask, ctx, scale=scale, sinks_N=sinks_N, **how)
         out_init = normal_init(self.init_std(N * H) * self.out_scale)
         wo_NHD = self.param("wo", out_init, (N, H, D), self.param_dtype)

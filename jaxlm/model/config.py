@@ -9,6 +9,8 @@ from jaxlm.model import positions as pos
 from jaxlm.model.attention import AttentionConfig
 from jaxlm.model.backends import check_backend, check_limits
 from jaxlm.model.context_parallel import check_context
+from jaxlm.model.convolution import ConvolutionConfig
+from jaxlm.model.disentangled import DisentangledConfig
 from jaxlm.model.layers import ACTIVATIONS, NORMS
 from jaxlm.model.moe import MoEConfig
 from jaxlm.model.positions import PositionConfig
@@ -62,7 +64,9 @@ class TransformerConfig:
 
     vocab_size: int = 256  # V
     num_layers: int = 4  # L
+    shared_layers: int = 1  # layers in a row (periods of the pattern) with the same parameters (ALBERT)
     model_dim: int = 128  # D
+    embed_dim: int = 0  # E of tables that a linear layer projects to D (ALBERT); 0 = D, and no such layer
     mlp_dim: int = 0  # F, width of a dense MLP; 0 = 4 D
     mlp_pattern: tuple[str, ...] = ("dense",)  # one period of layers, each 'dense' or 'moe'
     first_dense: int = 0  # so many first layers have a dense MLP; mlp_pattern begins after them (DeepSeek)
@@ -101,11 +105,21 @@ class TransformerConfig:
     moe: MoEConfig = MoEConfig()
     encoder: EncoderConfig = EncoderConfig()
     readout: ReadoutConfig = ReadoutConfig()
+    disentangled: DisentangledConfig = DisentangledConfig()
+    convolution: ConvolutionConfig = ConvolutionConfig()
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "num_layers", "model_dim"):
+        for name in ("vocab_size", "num_layers", "model_dim", "shared_layers"):
             check(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)} must be at least 1")
-        check(self.mlp_dim >= 0, f"model.mlp_dim={self.mlp_dim} must not be negative")
+        for name in ("mlp_dim", "embed_dim"):
+            check(getattr(self, name) >= 0, f"model.{name}={getattr(self, name)} must not be negative")
+        check(
+            self.shared_layers == 1
+            or (self.num_layers % (self.shared_layers * self.period) == 0 and not self.first_dense),
+            f"model.num_layers={self.num_layers} is not a multiple of model.shared_layers="
+            f"{self.shared_layers} times the {self.period} layers of the pattern, or model.first_dense="
+            f"{self.first_dense} is not 0",
+        )
         check_choice(self.activation, ACTIVATIONS, "model.activation")
         check(
             self.gate_limit == 0.0 or (self.gate_limit > 0.0 and ACTIVATIONS[self.activation][1]),
@@ -170,16 +184,24 @@ class TransformerConfig:
             f"model.position.kind={self.position.kind!r} with model.attention.latent.kv_rank="
             f"{self.attention.latent.kv_rank}: latent attention needs 'rope'",
         )
+        biased = self.position.kind in ("alibi", "t5") or self.disentangled.span > 0
         check_backend(
             self.attention.backend,
             softcap=self.attention.softcap > 0,
             sinks=self.attention.sinks,
-            bias=self.position.kind in ("alibi", "t5"),
+            bias=biased,
             tiled=self.attention.tile_q > 0 or self.attention.tile_k > 0,
         )
         dtypes = dict(dtype=self.dtype, accum=self.accum_dtype)
         check_limits(self.attention.backend, head_dim=self.head_dim, **dtypes)
-        check_context(self.attention.context, bias=self.position.kind in ("alibi", "t5"))
+        check_context(self.attention.context, bias=biased)
+        latent, grouped = self.attention.latent.kv_rank, self.attention.kv_heads != self.attention.num_heads
+        check(
+            not self.disentangled.span or not (latent or grouped or self.attention.qk_norm),
+            f"model.disentangled needs as many keys as queries and no norms of them, got "
+            f"model.attention.num_kv_heads={self.attention.num_kv_heads}, qk_norm={self.attention.qk_norm}, "
+            f"latent.kv_rank={latent}",
+        )
         check(
             self.attention.context != "ring" or not has_moe or self.moe.dispatch != "capacity",
             "model.attention.context='ring' changes the order of columns, by which model.moe.dispatch="
@@ -251,6 +273,16 @@ class TransformerConfig:
         return self.attention.latent.rope_dim or self.head_dim
 
     @property
+    def embed_width(self) -> int:
+        """E."""
+        return self.embed_dim or self.model_dim
+
+    @property
+    def unembeds(self) -> bool:
+        """Whether logits of the vocabulary can be made of the hidden states: a tied table must fit them."""
+        return not self.tie_embeddings or self.head_transform or self.embed_width == self.model_dim
+
+    @property
     def mlp_width(self) -> int:
         """F."""
         return self.mlp_dim or 4 * self.model_dim
@@ -284,7 +316,7 @@ class TransformerConfig:
         if layer < self.first_dense:
             return f"first/{layer}", None
         row, j = divmod(layer - self.first_dense, self.period)
-        return (f"blocks/{j}", row) if row < self.repeats else (f"tail/{j}", None)
+        return (f"blocks/{j}", row // self.shared_layers) if row < self.repeats else (f"tail/{j}", None)
 
     @property
     def num_moe_layers(self) -> int:

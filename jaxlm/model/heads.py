@@ -1,9 +1,11 @@
-"""Heads beside the vocabulary's: what is said of a row of tokens, or of each of them.
+"""Heads: logits of the vocabulary, and what else is said of a row of tokens or of each of them.
 
+    head/w [D, V], head/b [V]                untied models; `head_bias`
+    transform/w [D, E], transform/b [E]      `head_transform`, with `transform_norm`; the head is then [E, V]
     pooler/w [D, D], pooler/b [D]            if `readout.dense` names an activation
     classifier/w [D, C], classifier/b [C]    if there are `readout.classes`
 
-One head is next-sentence prediction (2 classes of the first token, through a dense layer and tanh),
+One readout is next-sentence prediction (2 classes of the first token, through a dense layer and tanh),
 classification of a row by its first token or its last, and of every token, according to `cfg.readout`.
 """
 
@@ -16,22 +18,39 @@ from jaxtyping import Array, Float, Int
 from jaxlm.errors import check
 from jaxlm.model.axes import AXES
 from jaxlm.model.config import TransformerConfig
-from jaxlm.model.layers import ACTIVATIONS, dropout, normal_init
+from jaxlm.model.layers import ACTIVATIONS, Norm, dropout, normal_init
 from jaxlm.model.parametrization import initial_std, rules
 from jaxlm.weights import lay_out, matmul
 
 Params = dict[str, Any]
 
 
+def norm(cfg: TransformerConfig, name: str | None = None) -> Norm:
+    """A norm of the model's kind."""
+    return Norm(cfg.norm, cfg.norm_eps, cfg.param_dtype, cfg.norm_offset, name=name)
+
+
 def init(cfg: TransformerConfig, key: Array) -> Params:
-    """`pooler` and `classifier`, those that `cfg.readout` asks for."""
-    D, C = cfg.model_dim, cfg.readout.classes
+    """`head`, `transform`, `pooler` and `classifier`, those that the model has."""
+    D, E, V, C = cfg.model_dim, cfg.embed_width, cfg.vocab_size, cfg.readout.classes
     params: Params = {}
+
+    def matrix(key: Array, inputs: int, outputs: int) -> Params:
+        draw = normal_init(initial_std(cfg, "head", inputs))
+        return {"w": draw(key, (inputs, outputs), cfg.param_dtype)}
+
+    if not cfg.tie_embeddings:
+        params["head"] = matrix(key, E if cfg.head_transform else D, V)
+    if cfg.head_bias:
+        params.setdefault("head", {})["b"] = jnp.zeros((V,), cfg.param_dtype)
+    if cfg.head_transform:
+        params["transform"] = dense_init(cfg, jax.random.fold_in(key, 1), D, E)
+        if scale := norm(cfg).init(key, jnp.zeros((1, E), cfg.dtype)):
+            params["transform_norm"] = scale["params"]
     if cfg.readout.dense:
         params["pooler"] = dense_init(cfg, jax.random.fold_in(key, 2), D, D)
     if C:
-        draw = normal_init(initial_std(cfg, "head", D))
-        params["classifier"] = {"w": draw(jax.random.fold_in(key, 3), (D, C), cfg.param_dtype)}
+        params["classifier"] = matrix(jax.random.fold_in(key, 3), D, C)
         if cfg.readout.bias:
             params["classifier"]["b"] = jnp.zeros((C,), cfg.param_dtype)
     return params
@@ -48,6 +67,43 @@ def dense(cfg: TransformerConfig, params: Params, x_BTD: Float[Array, "B T D"]) 
     dtypes = dict(dtype=cfg.dtype, accum=cfg.accum_dtype)
     y_BTE = matmul("BTD,DE->BTE", x_BTD, params["w"], out=("batch", "length", "activation"), **dtypes)
     return y_BTE + params["b"].astype(cfg.dtype)
+
+
+def head(cfg: TransformerConfig, params: Params) -> Params:
+    """The part of the parameters that `unembed` reads, laid out for use."""
+    part = {name: params[name] for name in ("head", "transform", "transform_norm") if name in params}
+    if cfg.tie_embeddings:
+        part["embed"] = {"table": params["embed"]["table"]}
+    return lay_out(part, AXES, cfg.dtype)
+
+
+def unembed(
+    cfg: TransformerConfig, params: Params, hidden_BTD: Float[Array, "B T D"]
+) -> Float[Array, "B T V"]:
+    """Logits, in fp32. Reads only what `head` gives."""
+    check(
+        cfg.unembeds,
+        f"model.embed_dim={cfg.embed_dim}: a tied table of that width needs model.head_transform=True to "
+        f"give logits of hidden states of width {cfg.model_dim}",
+    )
+    dtypes = dict(dtype=cfg.dtype, accum=cfg.accum_dtype, result="float32", out=("batch", "length", "vocab"))
+    params = head(cfg, params)
+    if cfg.head_transform:
+        hidden_BTD = dense(cfg, params["transform"], hidden_BTD)
+        hidden_BTD = ACTIVATIONS[cfg.activation][0](hidden_BTD)
+        hidden_BTD = norm(cfg).apply({"params": params.get("transform_norm", {})}, hidden_BTD)
+    with jax.named_scope("unembed"):
+        if cfg.tie_embeddings:
+            logits_BTV = matmul("BTD,VD->BTV", hidden_BTD, params["embed"]["table"], **dtypes)
+        else:
+            logits_BTV = matmul("BTD,DV->BTV", hidden_BTD, params["head"]["w"], **dtypes)
+    if cfg.head_bias:
+        logits_BTV = logits_BTV + params["head"]["b"].astype(jnp.float32)
+    if (scale := cfg.logit_scale * rules(cfg)["head"].output) != 1.0:
+        logits_BTV = logits_BTV * scale
+    if cfg.logit_softcap:
+        logits_BTV = cfg.logit_softcap * jnp.tanh(logits_BTV / cfg.logit_softcap)
+    return logits_BTV
 
 
 def taken(

@@ -40,8 +40,10 @@ from jaxlm.model.config import TransformerConfig
 # Role -> regex of its leaves' names. Every leaf has one role; `router_bias` moves by its own rule.
 LEAVES: dict[str, str] = {
     "embedding": r"(^|/)embed/",
-    "hidden": r"(^|/)((cross_)?attention/w\w+|mlp/w_\w+|moe/(shared_)?w_\w+|(transform|pooler)/w)$",
-    "vector": r"(^|/)(scale|bias|sinks|router_b|b[qkvo]|b_\w+)$|(^|/)(position_bias/|(transform|pooler)/b$)",
+    "hidden": r"(^|/)((cross_)?attention/w\w+|mlp/w_\w+|moe/(shared_)?w_\w+)$"
+    r"|(^|/)(transform|pooler|projection|convolution)/w$",
+    "vector": r"(^|/)(scale|bias|sinks|router_b|b[qkvo](_rel)?|b_\w+)$"
+    r"|(^|/)(position_bias/|distances/|(transform|pooler|projection|convolution)/b$)",
     "head": r"(^|/)(head|classifier)/",
     "router": r"(^|/)(router_w|shared_gate)$",
 }
@@ -118,7 +120,7 @@ def attention_config(cfg: TransformerConfig) -> AttentionConfig:
     output = rules(cfg)["attention"].output
     if output == 1.0:
         return cfg.attention
-    scale = (cfg.attention.scale or cfg.base_head_dim**-0.5) * output
+    scale = (cfg.attention.scale or cfg.disentangled.scale(cfg.base_head_dim)) * output
     return dataclasses.replace(cfg.attention, scale=scale)
 
 

@@ -30,8 +30,11 @@ from jaxlm.model.cache import LayerCache, MemoryCache, empty, empty_memory
 from jaxlm.model.config import TransformerConfig, encoder_of
 from jaxlm.model.context_parallel import CONTEXTS, check_columns
 from jaxlm.model.context_parallel import zigzag as in_zigzag
+from jaxlm.model.convolution import after_layer, convolution_init
+from jaxlm.model.heads import norm as _norm
+from jaxlm.model.heads import unembed as unembed  # beside `init` and `apply`
 from jaxlm.model.latent_attention import LatentAttention
-from jaxlm.model.layers import ACTIVATIONS, MLP, Norm, dropout, normal_init
+from jaxlm.model.layers import MLP, dropout, normal_init
 from jaxlm.model.moe import MoE
 from jaxlm.model.parametrization import attention_config, initial_std, out_scale, rules
 from jaxlm.pipeline import run_layers
@@ -39,14 +42,10 @@ from jaxlm.quant import mark
 from jaxlm.sharding import constrain, current, split_axes, use
 from jaxlm.stack import rematerialised, run_stack
 from jaxlm.tree import map_named
-from jaxlm.weights import gather, lay_out, matmul
+from jaxlm.weights import gather, lay_out
 
 Params = dict[str, Any]
 Aux = dict[str, Any]
-
-
-def _norm(cfg: TransformerConfig, name: str | None = None) -> Norm:
-    return Norm(cfg.norm, cfg.norm_eps, cfg.param_dtype, cfg.norm_offset, name=name)
 
 
 class Block(nn.Module):
@@ -105,8 +104,9 @@ class Block(nn.Module):
             )
             if cfg.attention.latent.kv_rank and not cross:
                 return LatentAttention(attention_config(cfg), **same)(x, ctx, cache)
-            sizes = dict(head_dim=cfg.head_dim, cross=cross, norm_eps=cfg.norm_eps)
-            return Attention(attention_config(cfg), **sizes, **same)(x, ctx, cache)
+            own = dict(head_dim=cfg.head_dim, cross=cross, norm_eps=cfg.norm_eps)
+            own["disentangled"] = cfg.disentangled
+            return Attention(attention_config(cfg), **own, **same)(x, ctx, cache)
 
         def feed_forward(x: Array) -> tuple[Array, Aux]:
             if self.mlp == "dense":
@@ -157,23 +157,25 @@ def init(cfg: TransformerConfig, key: Array, *, init_scale: Float[Array, ""] | f
         Nested dict as in the module's docstring, in `cfg.param_dtype`.
     """
     table_key, position_key, block_key, head_key = jax.random.split(key, 4)
-    V, D = cfg.vocab_size, cfg.model_dim
+    V, D, E = cfg.vocab_size, cfg.model_dim, cfg.embed_width
     ones_BT = jnp.ones((1, 1), jnp.int32)
-    x_BTD = jnp.zeros((1, 1, D), cfg.dtype)
+    x_BTD, e_BTE = jnp.zeros((1, 1, D), cfg.dtype), jnp.zeros((1, 1, E), cfg.dtype)
+    distances_RD = jnp.zeros((cfg.disentangled.rows, D), cfg.dtype)
 
     def layer(block: Block, index: Array) -> Params:
         ctx = make_context(cfg, ones_BT - 1, ones_BT, None, None)
-        ctx = dataclasses.replace(ctx, memory_BSD=x_BTD if cfg.has_encoder else None)
+        memory_BSD = x_BTD if cfg.has_encoder else None
+        ctx = dataclasses.replace(ctx, distances_RD=distances_RD, memory_BSD=memory_BSD)
         with use(None):  # the single dummy token is not to be spread over a mesh
             return block.init(jax.random.fold_in(block_key, index), x_BTD, ctx)["params"]
 
-    embedding_init = normal_init(initial_std(cfg, "embedding", D))
+    embedding_init = normal_init(initial_std(cfg, "embedding", E))
     blocks, P, first = blocks_of(cfg), cfg.period, cfg.first_dense
-    last = first + cfg.repeats * P
+    last, step = first + cfg.repeats * P, P * cfg.shared_layers
     params: Params = {
-        "embed": {"table": embedding_init(table_key, (V, D), cfg.param_dtype)},
+        "embed": {"table": embedding_init(table_key, (V, E), cfg.param_dtype)},
         "blocks": {
-            str(j): jax.vmap(lambda i, b=blocks[first + j]: layer(b, i))(jnp.arange(first + j, last, P))
+            str(j): jax.vmap(lambda i, b=blocks[first + j]: layer(b, i))(jnp.arange(first + j, last, step))
             for j in range(P)
         },
     }
@@ -182,7 +184,7 @@ def init(cfg: TransformerConfig, key: Array, *, init_scale: Float[Array, ""] | f
             loose = range(start, stop)
             params[name] = {str(i - start): layer(blocks[i], jnp.asarray(i)) for i in loose}
     if cfg.position.kind == "learned":
-        shape = (cfg.position.offset + cfg.position.max_length, D)
+        shape = (cfg.position.offset + cfg.position.max_length, E)
         params["embed"]["positions"] = embedding_init(position_key, shape, cfg.param_dtype)
     if cfg.position.kind == "t5":
         shape = (cfg.position.num_buckets, cfg.attention.num_heads)
@@ -191,20 +193,24 @@ def init(cfg: TransformerConfig, key: Array, *, init_scale: Float[Array, ""] | f
         }
     if (norm := _norm(cfg).init(head_key, x_BTD)) and cfg.norm_position != "post":
         params["final_norm"] = norm["params"]
+    if cfg.disentangled.span:
+        vectors = normal_init(initial_std(cfg, "vector", D))
+        rows_RD = vectors(jax.random.fold_in(position_key, 2), distances_RD.shape, cfg.param_dtype)
+        params["distances"] = {"table": rows_RD}
+        if norm and cfg.disentangled.norm:
+            params["distances_norm"] = norm["params"]
+    if cfg.convolution.width:
+        std = initial_std(cfg, "hidden", cfg.convolution.width * D)
+        kernel = convolution_init(cfg.convolution, D, std, jax.random.fold_in(table_key, 2), cfg.param_dtype)
+        params |= {"convolution": kernel, **({"convolution_norm": norm["params"]} if norm else {})}
+    if cfg.embed_dim:
+        params["projection"] = heads.dense_init(cfg, jax.random.fold_in(table_key, 1), E, D)
     if norm and cfg.embed_norm:
-        params["embed_norm"] = norm["params"]
-    if not cfg.tie_embeddings:
-        params["head"] = {"w": normal_init(initial_std(cfg, "head", D))(head_key, (D, V), cfg.param_dtype)}
+        params["embed_norm"] = _norm(cfg).init(head_key, e_BTE)["params"]
     params |= heads.init(cfg, head_key)
-    if cfg.head_transform:
-        params["transform"] = heads.dense_init(cfg, jax.random.fold_in(head_key, 1), D, D)
-    if norm and cfg.head_transform:
-        params["transform_norm"] = norm["params"]
     if cfg.token_types:
-        types = embedding_init(jax.random.fold_in(position_key, 1), (cfg.token_types, D), cfg.param_dtype)
+        types = embedding_init(jax.random.fold_in(position_key, 1), (cfg.token_types, E), cfg.param_dtype)
         params["embed"]["types"] = types
-    if cfg.head_bias:
-        params.setdefault("head", {})["b"] = jnp.zeros((V,), cfg.param_dtype)
     if cfg.has_encoder:
         encoder = init(encoder_of(cfg), jax.random.fold_in(head_key, 3))
         own = {n: x for n, x in encoder.pop("embed").items() if n != "table" or cfg.encoder.vocab_size}
@@ -241,7 +247,7 @@ def make_context(
     elif p.kind == "alibi":
         slopes_N = pos.alibi_slopes(cfg.attention.num_heads) * p.bias_scale
         bias = lambda q, k: pos.alibi_bias(q, k, slopes_N)  # noqa: E731
-    elif p.kind == "t5" and position_table is not None:
+    elif p.kind == "t5" and position_table is not None:  # else parameters are being made
 
         def bias(q: Array, k: Array) -> Array:
             buckets_BTS = pos.t5_buckets(
@@ -249,7 +255,20 @@ def make_context(
             )
             return jnp.moveaxis(position_table[buckets_BTS], -1, 1)
 
-    return Context(positions_BT, segments_BT, allowed_BTS, rotation, bias)
+    distances_RD = position_table if cfg.disentangled.span else None
+    return Context(positions_BT, segments_BT, allowed_BTS, rotation, bias, distances_RD)
+
+
+def position_table(cfg: TransformerConfig, params: Params) -> Array | None:
+    """What all layers look positions up in, for `make_context`."""
+    if cfg.position.kind == "t5":
+        return params["position_bias"]["table"]
+    if not cfg.disentangled.span:
+        return None
+    rows_RD = params["distances"]["table"].astype(cfg.dtype)
+    if cfg.disentangled.norm:
+        rows_RD = _norm(cfg).apply({"params": params.get("distances_norm", {})}, rows_RD)
+    return rows_RD
 
 
 def embed(
@@ -262,7 +281,7 @@ def embed(
     """Token embeddings, scaled if asked, plus types and absolute positions if the model has them."""
     x_BTD = gather(params["embed"]["table"], tokens_BT, AXES["embed/table"], dtype=cfg.dtype)
     if cfg.scale_embeddings:
-        scale = cfg.model_dim**0.5 * rules(cfg)["embedding"].output
+        scale = cfg.embed_width**0.5 * rules(cfg)["embedding"].output
         x_BTD = x_BTD * jnp.asarray(scale, x_BTD.dtype)
     if cfg.position.kind == "learned":
         rows_BT = positions_BT + cfg.position.offset
@@ -271,12 +290,14 @@ def embed(
         )
     elif cfg.position.kind == "sinusoidal":
         rows_BT = positions_BT + cfg.position.offset
-        x_BTD = x_BTD + pos.sinusoidal(rows_BT, cfg.model_dim, cfg.position.sines).astype(cfg.dtype)
+        x_BTD = x_BTD + pos.sinusoidal(rows_BT, cfg.embed_width, cfg.position.sines).astype(cfg.dtype)
     if cfg.token_types:
         types_BT = jnp.zeros_like(tokens_BT) if types_BT is None else types_BT
         x_BTD = x_BTD + gather(params["embed"]["types"], types_BT, AXES["embed/types"], dtype=cfg.dtype)
     if cfg.embed_norm:
         x_BTD = _norm(cfg).apply({"params": params.get("embed_norm", {})}, x_BTD)
+    if cfg.embed_dim:
+        x_BTD = heads.dense(cfg, lay_out(params["projection"], AXES, cfg.dtype), x_BTD)
     return constrain(x_BTD, *STREAM)
 
 
@@ -336,12 +357,12 @@ def apply(
     if zigzag := zigzag and bool(split_axes("length")):
         tokens_BT, positions_BT = in_zigzag(tokens_BT), in_zigzag(positions_BT)
         segments_BT = None if segments_BT is None else in_zigzag(segments_BT)
-    bias_table = params["position_bias"]["table"] if cfg.position.kind == "t5" else None
     embed_key, stack_key = (None, None) if key is None else jax.random.split(key)
     rows = {"positions_BT": positions_BT, "segments_BT": segments_BT, "allowed_BTS": allowed_BTS}
     memory = {"memory_BSD": memory_BSD, "memory_segments_BS": memory_segments_BS}
-    shared = {"position_table": bias_table, "key": stack_key, **memory}
+    shared = {"position_table": position_table(cfg, params), "key": stack_key, **memory}
     x_BTD = dropout(embed(cfg, params, tokens_BT, positions_BT, types_BT), cfg.dropout, embed_key)
+    after = after_layer(cfg.convolution, params, _norm(cfg), x_BTD, segments_BT, cfg.dtype, cfg.accum_dtype)
 
     blocks, P, first_dense = blocks_of(cfg), cfg.period, cfg.first_dense
     scanned = range(first_dense, first_dense + cfg.repeats * P)
@@ -357,7 +378,8 @@ def apply(
 
         def layer(block: Block, params_l: Params, x: Array, cache_l: LayerCache | None, index: Array):
             layer_key = None if key is None else jax.random.fold_in(key, index)
-            return block.apply({"params": params_l}, x, ctx, cache_l, layer_key)
+            x, cache_l, aux = block.apply({"params": params_l}, x, ctx, cache_l, layer_key)
+            return after(x, index), cache_l, aux
 
         return layer
 
@@ -393,7 +415,8 @@ def apply(
         return x
 
     x_BTD = loose("first", 0, x_BTD)
-    xs, how = ({}, jnp.arange(scanned.start, scanned.stop, P)), dict(scan=cfg.scan, remat=cfg.remat)
+    xs = ({}, jnp.arange(scanned.start, scanned.stop, P))
+    how = dict(scan=cfg.scan, remat=cfg.remat, uses=cfg.shared_layers)
     if cache is None:
         x_BTD, (new_blocks, aux) = run_layers(unit_of, params["blocks"], x_BTD, xs, rows, shared, **how)
     else:  # under a pipeline too, where each device then reads every stage's layers: slow, and right
@@ -422,38 +445,6 @@ def _sum_aux(auxes: list[Aux]) -> Aux:
     """Sum of several layers' auxiliary values; dense layers have none."""
     routed = [aux for aux in auxes if aux]
     return jax.tree.map(lambda *a: sum(a[1:], a[0]), *routed) if routed else {}
-
-
-def head(cfg: TransformerConfig, params: Params) -> Params:
-    """The part of the parameters that `unembed` reads, laid out for use."""
-    part = {name: params[name] for name in ("head", "transform", "transform_norm") if name in params}
-    if cfg.tie_embeddings:
-        part["embed"] = {"table": params["embed"]["table"]}
-    return lay_out(part, AXES, cfg.dtype)
-
-
-def unembed(
-    cfg: TransformerConfig, params: Params, hidden_BTD: Float[Array, "B T D"]
-) -> Float[Array, "B T V"]:
-    """Logits, in fp32. Reads only what `head` gives."""
-    dtypes = dict(dtype=cfg.dtype, accum=cfg.accum_dtype, result="float32", out=("batch", "length", "vocab"))
-    params = head(cfg, params)
-    if cfg.head_transform:
-        hidden_BTD = heads.dense(cfg, params["transform"], hidden_BTD)
-        hidden_BTD = ACTIVATIONS[cfg.activation][0](hidden_BTD)
-        hidden_BTD = _norm(cfg).apply({"params": params.get("transform_norm", {})}, hidden_BTD)
-    with jax.named_scope("unembed"):
-        if cfg.tie_embeddings:
-            logits_BTV = matmul("BTD,VD->BTV", hidden_BTD, params["embed"]["table"], **dtypes)
-        else:
-            logits_BTV = matmul("BTD,DV->BTV", hidden_BTD, params["head"]["w"], **dtypes)
-    if cfg.head_bias:
-        logits_BTV = logits_BTV + params["head"]["b"].astype(jnp.float32)
-    if (scale := cfg.logit_scale * rules(cfg)["head"].output) != 1.0:
-        logits_BTV = logits_BTV * scale
-    if cfg.logit_softcap:
-        logits_BTV = cfg.logit_softcap * jnp.tanh(logits_BTV / cfg.logit_softcap)
-    return logits_BTV
 
 
 def init_cache(cfg: TransformerConfig, batch: int, length: int, memory_length: int = 0) -> Params:

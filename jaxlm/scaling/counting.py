@@ -36,6 +36,7 @@ from jaxlm.tree import named_leaves, nbytes
 # What a leaf does with a token, by the last component of its name: a product (2 FLOPs per weight) or not.
 PRODUCTS = ("wq", "wk", "wv", "wo", "wq_down", "wq_up", "wkv_down", "wk_up", "wv_up")
 PRODUCTS += ("w_up", "w_gate", "w_down", "router_w")
+RELATIVE = ("wk_rel", "wq_rel", "bk_rel", "bq_rel")  # meet a table once a step, not every token
 PRODUCTS += ("shared_gate", "shared_w_up", "shared_w_gate", "shared_w_down", "w")
 LOOKUPS = ("table", "positions", "types")
 VECTORS = ("scale", "bias", "sinks", "router_bias", "router_b", "b")
@@ -49,6 +50,9 @@ ROOMS = (
     "mlp",
     "moe",
     "position_bias",
+    "distances",
+    "projection",
+    "convolution",
     "transform",
     "pooler",
     "classifier",
@@ -91,7 +95,7 @@ def weights(cfg: TransformerConfig) -> Weights:
         parts, size = name.split("/"), math.prod(leaf.shape)
         room = next((part for part in parts if part in ROOMS), "norms")
         rooms[room] = rooms.get(room, 0) + size
-        if parts[-1] not in (*PRODUCTS, *LOOKUPS, *VECTORS):
+        if parts[-1] not in (*PRODUCTS, *LOOKUPS, *VECTORS, *RELATIVE):
             raise ValueError(
                 f"parameter {name!r} is not known to counting: is it a product, a lookup or a vector?"
             )
@@ -104,7 +108,7 @@ def weights(cfg: TransformerConfig) -> Weights:
         elif "/".join(parts[-2:]) in EXPERT_VECTORS:
             vectors += size
         elif parts[-1] in PRODUCTS and (room not in READOUT or cfg.readout.of == "each"):
-            products += size
+            products += size * (cfg.shared_layers if "blocks" in parts else 1)
     total = sum(rooms.values())
     of_chosen = lambda size: size // cfg.moe.num_experts * cfg.moe.top_k if size else 0  # noqa: E731
     chosen, experts_all = of_chosen(experts), experts + vectors
@@ -115,8 +119,8 @@ def weights(cfg: TransformerConfig) -> Weights:
         head=head,
         experts=experts_all,
         active=total - experts_all + of_chosen(experts_all),
-        body_products=products + chosen,
-        head_products=cfg.model_dim * cfg.vocab_size,
+        body_products=products + chosen * cfg.shared_layers,
+        head_products=(cfg.embed_width if cfg.head_transform else cfg.model_dim) * cfg.vocab_size,
     )
 
 
@@ -176,11 +180,12 @@ def _score_flops(cfg: TransformerConfig, seq_len: int, executed: bool, input_len
         else mean_keys(seq_len, window=cfg.attention.window if kind == "local" else 0, causal=cfg.causal)
         for kind, _ in cfg.layer_kinds
     ]
-    heads = 2.0 * cfg.attention.num_heads * (cfg.head_dim + cfg.value_dim)
-    flops = heads * sum(keys)
+    distances = len(cfg.disentangled.terms) * cfg.disentangled.rows * cfg.num_layers
+    sizes = (cfg.head_dim + cfg.value_dim) * sum(keys) + cfg.head_dim * distances
+    flops = 2.0 * cfg.attention.num_heads * sizes
     if cfg.has_encoder:
         inputs = input_len or seq_len
-        flops += heads * inputs * cfg.num_layers
+        flops += 2.0 * cfg.attention.num_heads * (cfg.head_dim + cfg.value_dim) * inputs * cfg.num_layers
         flops += _score_flops(encoder_of(cfg), inputs, executed) * inputs / seq_len
     return flops
 

@@ -93,7 +93,8 @@ def import_model(
 
 def _rows(model: TransformerConfig, hf: HFConfig) -> dict[str, Any]:
     """Format and lengths of the rows that such a model can learn from."""
-    length = min(int(hf.get("max_position_embeddings") or 1024), 1024)
+    length = int(hf.get("max_position_embeddings") or 1024)
+    length = min(length, model.position.max_length or length, 1024)
     if not model.has_encoder:
         return dict(format="lm" if model.causal else "mlm", seq_len=length)
     ids = {name: hf.get(f"{name}_token_id") for name in ("bos", "eos", "pad")}

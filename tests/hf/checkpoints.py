@@ -261,6 +261,50 @@ for _model_type, _name, _fields in (
         ENCODERS[_case] = (_model_type, f"{_name}{_end}", _fields | dict(num_labels=5))
 for _end in ("ForPreTraining", "ForNextSentencePrediction", "ForQuestionAnswering"):
     ENCODERS[f"bert-{_end}"] = ("bert", f"Bert{_end}", BERT | dict(max_position_embeddings=64))
+ALBERT = BERT | dict(max_position_embeddings=64, embedding_size=40)
+GROUPED = ALBERT | dict(num_hidden_layers=4, num_hidden_groups=2)
+ELECTRA = BERT | dict(max_position_embeddings=64, embedding_size=40)
+DEBERTA = BERT | dict(
+    max_position_embeddings=64,
+    relative_attention=True,
+    position_buckets=6,
+    max_relative_positions=12,
+    norm_rel_ebd="layer_norm",
+    share_att_key=True,
+    pos_att_type="p2c|c2p",
+    position_biased_input=False,
+)
+OWN = DEBERTA | dict(share_att_key=False, norm_rel_ebd="none", position_buckets=-1, type_vocab_size=3)
+ENCODERS |= {
+    "albert-ForMaskedLM": ("albert", "AlbertForMaskedLM", GROUPED),
+    "albert-ForPreTraining": ("albert", "AlbertForPreTraining", ALBERT | dict(hidden_act="gelu")),
+    "albert-ForSequenceClassification": (
+        "albert",
+        "AlbertForSequenceClassification",
+        ALBERT | dict(inner_group_num=2, num_hidden_layers=2),
+    ),
+    "electra-ForPreTraining": ("electra", "ElectraForPreTraining", ELECTRA),
+    "electra-ForMaskedLM": ("electra", "ElectraForMaskedLM", ELECTRA),
+    "electra-ForSequenceClassification": (
+        "electra",
+        "ElectraForSequenceClassification",
+        ELECTRA | dict(embedding_size=72),
+    ),
+    "deberta-ForMaskedLM": ("deberta-v2", "DebertaV2ForMaskedLM", DEBERTA),
+    "deberta-own-projections": ("deberta-v2", "DebertaV2ForSequenceClassification", OWN),
+    "deberta-c2p": ("deberta-v2", "DebertaV2Model", OWN | dict(pos_att_type=["c2p"])),
+    "deberta-p2c": (
+        "deberta-v2",
+        "DebertaV2ForTokenClassification",
+        DEBERTA | dict(pos_att_type=["p2c"], position_biased_input=True),
+    ),
+    "deberta-convolution": (
+        "deberta-v2",
+        "DebertaV2ForMaskedLM",
+        DEBERTA | dict(conv_kernel_size=3, conv_act="gelu", pooler_hidden_act="tanh"),
+    ),
+    "deberta-absolute": ("deberta-v2", "DebertaV2Model", BERT | dict(max_position_embeddings=64)),
+}
 # Decoders that classify.
 for _case, _name in (("llama", "Llama"), ("gpt2", "GPT2"), ("gpt-neox", "GPTNeoX"), ("gpt-j", "GPTJ")):
     for _end in ("ForSequenceClassification", "ForTokenClassification", "Model"):

@@ -10,11 +10,14 @@ import pytest
 pytest.importorskip("torch", reason="parity needs the extra `pip install 'jaxlm[parity]'`")
 pytest.importorskip("transformers", reason="parity needs the extra `pip install 'jaxlm[parity]'`")
 import torch
+import transformers
 from safetensors import safe_open
 
+import jaxlm.hf
 from jaxlm.errors import UserError
 from jaxlm.hf.family import read_config, write_config
 from jaxlm.hf.pretrained import save
+from jaxlm.tree import named_leaves
 
 sys.path.insert(0, str(Path(__file__).parent))
 from checkpoints import ENCODERS
@@ -94,3 +97,28 @@ def test_what_a_class_does_not_say_is_refused(made):  # noqa: F811
     config = {**rows_only.config, "architectures": ["BertForSequenceClasification"]}
     with pytest.raises(UserError, match="did you mean 'BertForSequenceClassification'"):
         rows_only.family.topped(config)
+
+
+@pytest.mark.parametrize("what", ["untied", "unpooled"])
+def test_what_config_json_may_change_on_top(what, tmp_path):
+    sizes = dict(vocab_size=307, hidden_size=24, num_hidden_layers=1, num_attention_heads=3)
+    config = transformers.BertConfig(**sizes, intermediate_size=40, tie_word_embeddings=what != "untied")
+    torch.manual_seed(0)
+    if what == "untied":
+        model = transformers.BertForMaskedLM(config).eval()
+        torch.nn.init.normal_(model.cls.predictions.decoder.bias)
+    else:
+        model = transformers.BertModel(config, add_pooling_layer=False).eval()
+    model.save_pretrained(tmp_path)
+    ours = jaxlm.hf.load(tmp_path)
+    ids, mask = padded(rows(), left=True)
+    assert ours.cfg.tie_embeddings == (what != "untied")
+    assert not ours.cfg.readout.dense
+    logits, _, _, *states = theirs_of(model, rows()[1])
+    assert close(ours.hidden_states(ids, mask)[-1][1][mask[1] == 1], states[-1]) < 1
+    if what == "untied":
+        assert close(ours.logits(ids, mask)[1][mask[1] == 1], logits) < 1
+    save(ours, tmp_path / "again")
+    again = jaxlm.hf.load(tmp_path / "again")
+    for (name, a), (_, b) in zip(named_leaves(ours.params), named_leaves(again.params), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=name)
