@@ -33,6 +33,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "length": ("sequence",),
     "residual": ("sequence", "tensor"),  # columns of the stream between blocks, where all work is per column
     "embed": ("fsdp",),
+    "expert_embed": ("fsdp",),  # D of an expert's weights; follows "embed", less what splits the experts
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
@@ -46,7 +47,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "layers": ("pipe",),
 }
 # What differs where a weight is used.
-COMPUTE: dict[str, tuple[str, ...]] = {"embed": ()}
+COMPUTE: dict[str, tuple[str, ...]] = {"embed": (), "expert_embed": ()}
 
 REDUCE_DTYPES = ("float32", "bfloat16")
 DCN_AXES = ("data", "pipe")  # axes that need little from the links between slices
@@ -98,8 +99,10 @@ class MeshConfig:
 
         >>> MeshConfig(rules=(("kv_heads", ""), ("mlp", "tensor expert"))).table()["mlp"]
         ('tensor', 'expert')
+        >>> MeshConfig(rules=(("embed", "fsdp expert"),)).table()["expert_embed"]
+        ('fsdp',)
         """
-        return RULES | {axis: tuple(mesh_axes.split()) for axis, mesh_axes in self.rules}
+        return _replace(RULES, self.rules)
 
     def compute_table(self) -> dict[str, tuple[str, ...]]:
         """The rules for weights where they are used, and for activations.
@@ -107,8 +110,7 @@ class MeshConfig:
         >>> MeshConfig(rules=(("embed", "fsdp sequence"),)).compute_table()["embed"]
         ()
         """
-        replaced = {axis: tuple(mesh_axes.split()) for axis, mesh_axes in self.compute_rules}
-        return self.table() | COMPUTE | replaced
+        return _replace(self.table() | COMPUTE, self.compute_rules)
 
     def shape(self, num_devices: int) -> tuple[int, ...]:
         """Axis sizes in the order of `MESH_AXES` on `num_devices` devices.
@@ -132,6 +134,17 @@ class MeshConfig:
             f"mesh.{self.dcn}={across} is not a multiple of {self.slices}",
         )
         return tuple(sizes)
+
+
+def _replace(
+    rules: Mapping[str, tuple[str, ...]], pairs: Sequence[tuple[str, str]]
+) -> dict[str, tuple[str, ...]]:
+    """`rules` with these replacements; what they say of "embed" holds of the experts' D as far as it can."""
+    new = {axis: tuple(mesh_axes.split()) for axis, mesh_axes in pairs}
+    table = {**rules, **new}
+    if "embed" in new and "expert_embed" not in new:
+        table["expert_embed"] = tuple(m for m in table["embed"] if m not in table["experts"])
+    return table
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:

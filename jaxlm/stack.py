@@ -62,7 +62,8 @@ unstack.defvjp(
 
 def _keep_all_but_moved(prim: Any, *_: Any, **params: Any) -> bool:
     """Keep every residual but casts and changes of layout, else every layer would keep gathered weights."""
-    return prim.name not in ("sharding_constraint", "convert_element_type", "broadcast_in_dim", "squeeze")
+    moves = ("sharding_constraint", "all_gather", "convert_element_type", "broadcast_in_dim", "squeeze")
+    return prim.name not in moves
 
 
 def rematerialised(block: Callable[..., Any], remat: str, *, scan: bool) -> Callable[..., Any]:

@@ -5,6 +5,7 @@ product of their own (LoRA, int8) are settled in one place. `lay_out` brings wei
 they are stored to the one in which they are used.
 """
 
+import itertools
 from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
@@ -79,7 +80,7 @@ def _product_bwd(
 product.defvjp(_product_fwd, _product_bwd)
 
 
-def _wire(accum: str) -> Wire | None:
+def wire_of(accum: str) -> Wire | None:
     """How sums over devices travel: on one device there are none."""
     layout = current()
     if layout is None:
@@ -121,7 +122,7 @@ def matmul(
     if hasattr(w, "product"):
         y = w.product(eqn, x, *dtypes)
     else:
-        y = product(eqn, x, w, *dtypes, _wire(str(accum)))
+        y = product(eqn, x, w, *dtypes, wire_of(str(accum)))
     y = checkpoint_name(y, PRODUCT)
     return y if out is None else constrain(y, *out)
 
@@ -168,6 +169,7 @@ def lay_out(
     dtype: str,
     *,
     exact: Collection[str] = (),
+    left: Collection[str] = (),
 ) -> Any:
     """Weights as they are used: gathered over the mesh axes that split them in storage alone.
 
@@ -180,6 +182,7 @@ def lay_out(
         table: the model's AXES table.
         dtype: compute dtype.
         exact: keys of the table whose leaves are used in their own dtype.
+        left: keys of the table whose leaves stay as they are, for `gather_by_hand`.
 
     Returns:
         The same tree; on one device, or where storage and use do not differ, the very same leaves.
@@ -190,17 +193,66 @@ def lay_out(
     manual = manual_axes()
 
     def one(name: str, w: Array) -> Array:
-        axes = leaf_axes(name, w.ndim, table)
+        axes, key = leaf_axes(name, w.ndim, table), "/".join(name.split("/")[-2:])
         stored, used = layout.spec(axes), layout.spec(axes, compute=True)
-        if stored == used:
+        if stored == used or key in left:
             return w
         if manual & {m for part in (*stored, *used) for m in spec_axes(part)}:
             return w  # whoever split these axes by hand has gathered it
-        key = "/".join(name.split("/")[-2:])
         narrower = key not in exact and jnp.finfo(dtype).bits < jnp.finfo(w.dtype).bits
         return _move(w, stored, used, str(dtype) if narrower else str(w.dtype))
 
     return map_named(one, params)
+
+
+def hand_steps(stored: PartitionSpec, used: PartitionSpec) -> tuple[tuple[int, str], ...] | None:
+    """(dimension, mesh axis) of each gather from one layout to the other, in order; None if it takes more.
+
+    >>> hand_steps(PartitionSpec("expert", ("data", "fsdp"), None), PartitionSpec("expert", None, None))
+    ((1, 'fsdp'), (1, 'data'))
+    """
+    steps: list[tuple[int, str]] = []
+    for dim, (before, after) in enumerate(itertools.zip_longest(stored, used)):
+        kept = spec_axes(after)
+        if spec_axes(before)[: len(kept)] != kept:
+            return None
+        steps += [(dim, m) for m in spec_axes(before)[len(kept) :]]
+    return tuple(steps[::-1])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def gather_by_hand(w: Array, steps: tuple[tuple[int, str], ...], dtype: str, gradients: str) -> Array:
+    """In a `shard_map`: the whole of which every device has a part, in its own dtype.
+
+    A sum over devices of a sharded result is a reduce-scatter here; what the compiler makes of a sum after a
+    `shard_map` is mostly an all-reduce, of twice the bytes and all of the result's memory.
+
+    Args:
+        w: this device's part.
+        steps: from `hand_steps`.
+        dtype: in which it travels.
+        gradients: in which its gradient does.
+    """
+    if not steps:
+        return w
+    own, w = w.dtype, w.astype(dtype)
+    for dim, axis in steps:
+        w = jax.lax.all_gather(w, axis, axis=dim, tiled=True)
+    return w.astype(own)
+
+
+def _scatter_by_hand(
+    steps: tuple[tuple[int, str], ...], dtype: str, gradients: str, _: None, g: Array
+) -> tuple[Array]:
+    own, g = g.dtype, g.astype(gradients) if steps else g
+    for dim, axis in steps[::-1]:
+        g = jax.lax.psum_scatter(g, axis, scatter_dimension=dim, tiled=True)
+    return (g.astype(own),)
+
+
+gather_by_hand.defvjp(
+    lambda w, steps, dtype, gradients: (gather_by_hand(w, steps, dtype, gradients), None), _scatter_by_hand
+)
 
 
 def gather(

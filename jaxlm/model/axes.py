@@ -40,9 +40,9 @@ AXES: dict[str, tuple[str | None, ...]] = {
     "moe/router_w": ("embed", None),
     "moe/router_bias": (None,),
     "moe/router_b": (None,),
-    "moe/w_gate": ("experts", "embed", "expert_mlp"),
-    "moe/w_up": ("experts", "embed", "expert_mlp"),
-    "moe/w_down": ("experts", "expert_mlp", "embed"),
+    "moe/w_gate": ("experts", "expert_embed", "expert_mlp"),
+    "moe/w_up": ("experts", "expert_embed", "expert_mlp"),
+    "moe/w_down": ("experts", "expert_mlp", "expert_embed"),
     "moe/b_gate": ("experts", "expert_mlp"),
     "moe/b_up": ("experts", "expert_mlp"),
     "moe/b_down": ("experts", "norm"),
@@ -82,3 +82,4 @@ for _leaf in ("wq", "wk", "wv", "wo", "bq", "bk", "bv", "bo", "sinks"):
 
 STREAM = ("batch", "residual", "activation")  # of the residual stream, between blocks
 EXACT = ("moe/router_w",)  # leaves that are used in their own dtype, not in the model's
+BY_HAND = ("moe/w_gate", "moe/w_up", "moe/w_down")  # leaves that are gathered where they are used

@@ -15,7 +15,8 @@ Two ways for choices to travel. `capacity`: an all-to-all of fixed buffers, C sl
             padding travels too
 
 A `buffer_factor` bounds the buffer at that multiple of a device's fair share (N top_k rows). Choices beyond
-it are dropped, counted, and are others on another mesh; by default nothing is ever dropped.
+it are dropped, counted, and are others on another mesh; by default nothing is ever dropped. The config's
+`rounds` lets a device's tokens through in that many parts, one after another: the buffers are those of one.
 """
 
 import dataclasses

@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Int32
 
 from jaxlm.errors import check_choice
-from jaxlm.weights import PRODUCT, precision
+from jaxlm.weights import PRODUCT, precision, wire_of
 
 # --- Moving rows ---
 
@@ -99,9 +99,16 @@ _SUM_OVER_GROUP = jax.lax.RaggedDotDimensionNumbers(
 )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6, 7))
 def _grouped(
-    x_MD: Array, w_EDF: Array, sizes_E: Array, backend: str, dtype: str, accum: str, result: str
+    x_MD: Array,
+    w_EDF: Array,
+    sizes_E: Array,
+    backend: str,
+    dtype: str,
+    accum: str,
+    result: str,
+    gradients: str,
 ) -> Array:
     x_MD, w_EDF = x_MD.astype(dtype), w_EDF.astype(dtype)
     if backend == "loop":
@@ -112,20 +119,20 @@ def _grouped(
     return y_MF.astype(result)
 
 
-def _grouped_fwd(x_MD, w_EDF, sizes_E, backend, dtype, accum, result):
-    return _grouped(x_MD, w_EDF, sizes_E, backend, dtype, accum, result), (x_MD, w_EDF, sizes_E)
+def _grouped_fwd(x_MD, w_EDF, sizes_E, *how):
+    return _grouped(x_MD, w_EDF, sizes_E, *how), (x_MD, w_EDF, sizes_E)
 
 
-def _grouped_bwd(backend, dtype, accum, result, saved, g_MF):
+def _grouped_bwd(backend, dtype, accum, result, gradients, saved, g_MF):
     # As in `weights.matmul`: both gradients are products of `dtype` operands summed in `accum`.
     x_MD, w_EDF, sizes_E = saved
     w_EFD = jnp.swapaxes(w_EDF, 1, 2)
-    dx_MD = _grouped(g_MF, w_EFD, sizes_E, backend, dtype, accum, str(x_MD.dtype))
+    dx_MD = _grouped(g_MF, w_EFD, sizes_E, backend, dtype, accum, str(x_MD.dtype), gradients)
     x, g = x_MD.astype(dtype), g_MF.astype(dtype)
     if backend == "loop":
         dw_EDF = _loop_weight_gradient(x, g, sizes_E, accum)
     else:
-        how = dict(precision=precision(x.dtype), preferred_element_type=accum)
+        how = dict(precision=precision(x.dtype), preferred_element_type=gradients)
         dw_EDF = jax.lax.ragged_dot_general(x, g, sizes_E, _SUM_OVER_GROUP, **how)
     return dx_MD, dw_EDF.astype(w_EDF.dtype), None
 
@@ -157,5 +164,7 @@ def grouped_matmul(
         result: dtype of the result; default `dtype`.
     """
     check_choice(backend, ("loop", "ragged"), "grouped_matmul: backend")
-    y_MF = _grouped(x_MD, w_EDF, group_sizes_E, backend, str(dtype), str(accum), str(result or dtype))
+    wire = wire_of(str(accum))  # the sum over devices that follows takes gradients in this dtype
+    dtypes = str(dtype), str(accum), str(result or dtype), wire[1] if wire else str(accum)
+    y_MF = _grouped(x_MD, w_EDF, group_sizes_E, backend, *dtypes)
     return checkpoint_name(y_MF, PRODUCT)

@@ -18,11 +18,12 @@ from jaxtyping import Array, Bool, Float
 
 from jaxlm.errors import check
 from jaxlm.model import dispatch
+from jaxlm.model.axes import AXES
 from jaxlm.model.grouped import grouped_matmul
 from jaxlm.model.layers import ACTIVATIONS, gate, normal_init
 from jaxlm.model.routing import Aux, MoEConfig, Routing, auxiliary, route
 from jaxlm.sharding import Layout, current, manual_axes, platform, spec_axes
-from jaxlm.weights import matmul
+from jaxlm.weights import gather_by_hand, hand_steps, lay_out, matmul, wire_of
 
 
 def capacity(cfg: MoEConfig, length: int) -> int:
@@ -208,18 +209,27 @@ class MoE(nn.Module):
             f"'expert_mlp' is split over {width}, over which tokens are too ({split}); change mesh.rules",
         )
         group = dispatch.Group(experts, layout.size(experts), own_tokens=set(experts) <= set(split))
-        copies = tuple(m for m in split if m not in experts)
         over = lambda axes: axes or None  # noqa: E731
-        where = {name: P(over(copies), over(experts), None, over(width)) for name in weights}
-        where["w_down"] = P(over(copies), over(experts), over(width), None)
-        where |= {name: P(over(copies), over(experts), over(width)) for name in weights if name[0] == "b"}
-        if "b_down" in where:
-            where["b_down"] = P(over(copies), over(experts), None)
-        weights = {name: _copies(w, layout.size(copies), where[name]) for name, w in weights.items()}
+        steps, where = {}, {}
+        for name, w in weights.items():
+            axes = AXES[f"moe/{name}"]
+            stored, used = (_free(layout.spec(axes, compute=use), manual) for use in (False, True))
+            steps[name] = hand_steps(stored, used)
+            if steps[name] is None:  # the compiler's business
+                weights[name] = lay_out({"moe": {name: w}}, AXES, self.dtype)["moe"][name]
+                stored, steps[name] = used, ()
+            copies = tuple(m for m in split if m not in {a for part in stored for a in spec_axes(part)})
+            where[name] = P(over(copies), *stored)
+            weights[name] = _copies(weights[name], layout.size(copies), where[name])
 
         def one(x, experts_BTK, kept_BTK, weights_BTK, weights):
-            weights = {name: jnp.squeeze(w, 0) for name, w in weights.items()}
-            return self._on_device(group, width, room, x, experts_BTK, kept_BTK, weights_BTK, weights)
+            gradients = wire_of(self.accum_dtype)[1]
+            whole = {}
+            for name, w in weights.items():
+                narrower = jnp.finfo(self.dtype).bits < jnp.finfo(w.dtype).bits
+                travels = (self.dtype if narrower else str(w.dtype), gradients)
+                whole[name] = gather_by_hand(jnp.squeeze(w, 0), steps[name], *travels)
+            return self._on_device(group, width, room, x, experts_BTK, kept_BTK, weights_BTK, whole)
 
         part = P(rows, columns, None)
         return jax.shard_map(
@@ -272,21 +282,24 @@ class MoE(nn.Module):
             )
         else:
 
-            def grouped(x_MD: Array, sizes_E: Array) -> Array:
-                how = dict(backend=dropless_backend(cfg), dtype=self.dtype, accum=self.accum_dtype)
-                product = partial(grouped_matmul, group_sizes_E=sizes_E, **how)
+            def some(tokens: tuple[Array, ...], weights: dict[str, Array]) -> tuple[Array, Array]:
+                def grouped(x_MD: Array, sizes_E: Array) -> Array:
+                    how = dict(backend=dropless_backend(cfg), dtype=self.dtype, accum=self.accum_dtype)
+                    product = partial(grouped_matmul, group_sizes_E=sizes_E, **how)
 
-                def spread(b_EF: Array) -> Array:
-                    rows_M = jnp.arange(x_MD.shape[0])
-                    expert_M = jnp.searchsorted(jnp.cumsum(sizes_E), rows_M, side="right")
-                    return b_EF.at[expert_M].get(mode="clip")
+                    def spread(b_EF: Array) -> Array:
+                        rows_M = jnp.arange(x_MD.shape[0])
+                        expert_M = jnp.searchsorted(jnp.cumsum(sizes_E), rows_M, side="right")
+                        return b_EF.at[expert_M].get(mode="clip")
 
-                return self._mlp(weights, lambda w_EDF: product(x_MD, w_EDF), product, spread)
+                    return self._mlp(weights, lambda w_EDF: product(x_MD, w_EDF), product, spread)
 
-            how = dict(exchange=exchange(cfg), buffer_factor=cfg.buffer_factor)
-            y_BTD, lost = dispatch.dropless(
-                x_BTD, experts_BTK, kept_BTK[..., 0], weights_BTK, grouped, **where, **how
-            )
+                how = dict(exchange=exchange(cfg), buffer_factor=cfg.buffer_factor)
+                y_BTD, lost = dispatch.dropless(*tokens, grouped, **where, **how)
+                return y_BTD.astype(self.dtype), lost
+
+            tokens = (x_BTD, experts_BTK, kept_BTK[..., 0], weights_BTK)
+            y_BTD, lost = _in_rounds(some, cfg.rounds, tokens, weights)
         y_BTD = y_BTD.astype(self.dtype)
         partial_sums = width if group.own_tokens else (*width, *group.axes)
         return jax.lax.psum(y_BTD, partial_sums) if partial_sums else y_BTD, lost[None]
@@ -296,6 +309,7 @@ class MoE(nn.Module):
         onehot_BTKE = jax.nn.one_hot(routing.experts_BTK, self.cfg.num_experts, dtype=jnp.float32)
         share_BET = (routing.weights_BTK[..., None] * onehot_BTKE).sum(2).swapaxes(1, 2).astype(self.dtype)
         hidden = ("expert_batch", "experts", None, "expert_mlp")
+        weights = lay_out({"moe": weights}, AXES, self.dtype)["moe"]
         of_rows = {name: b for name, b in weights.items() if name != "b_down"}
         y_BTD = self._mlp(
             of_rows,
@@ -308,8 +322,38 @@ class MoE(nn.Module):
         return y_BTD
 
 
-# Every device's gradient of the weights is its own until all are added up, in one sum that the compiler can
-# make a reduce-scatter; a `shard_map` would add them by an all-reduce.
+def _in_rounds(
+    fn: Callable[[tuple[Array, ...], dict[str, Array]], tuple[Array, Array]],
+    rounds: int,
+    tokens: tuple[Array, ...],
+    weights: dict[str, Array],
+) -> tuple[Array, Array]:
+    """`fn(tokens, weights)` on parts of the tokens [B, T, ...], one after another, and the sum of its counts.
+
+    There are `rounds` parts, or the most that divide both that and the tokens (a decoded few). The backward
+    pass computes a part again when it comes to it, so that only one part's buffers are there at a time.
+    """
+    B, T = tokens[0].shape[:2]
+    parts = math.gcd(rounds, B * T)
+    if parts == 1:
+        return fn(tokens, weights)
+
+    def body(lost: Array, part: tuple[Array, ...]) -> tuple[Array, Array]:
+        y, here = jax.checkpoint(fn, prevent_cse=False)(part, weights)
+        return lost + here, y
+
+    split = tuple(x.reshape(parts, 1, B * T // parts, *x.shape[2:]) for x in tokens)
+    lost, y = jax.lax.scan(body, jnp.zeros((), jnp.int32), split)
+    return y.reshape(B, T, -1), lost
+
+
+def _free(spec: P, manual: frozenset[str]) -> P:
+    """A spec without the mesh axes that a surrounding `shard_map` has split by hand."""
+    return P(*[tuple(m for m in spec_axes(part) if m not in manual) or None for part in spec])
+
+
+# Over mesh axes that split tokens and do not split the weights in storage, every device's gradient is its own
+# until all are added up, in `reduce_dtype`; a `shard_map` would add them in the dtype of the weights.
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _copies(w: Array, n: int, where: P) -> Array:
     """`w` as the one copy, of `n`, that each device along the first axes of `where` holds."""

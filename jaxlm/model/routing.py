@@ -36,6 +36,7 @@ class MoEConfig:
     dropless_backend: str = "auto"  # auto | dense | loop | ragged, see `dropless_backend`
     exchange: str = "auto"  # dropless, between devices: auto | ragged | padded, see jaxlm.model.dispatch
     buffer_factor: float = 0.0  # dropless: choices a device can receive, over its fair share; 0 = all
+    rounds: int = 1  # dropless: a device's tokens go to their experts in that many parts: smaller buffers
     load_balance: float = 0.01  # coefficient of the load-balance loss
     router_z: float = 0.001  # coefficient of the router z-loss
     bias_balancing: bool = False  # loss-free balancing: a learned bias per expert that moves selection only
@@ -56,6 +57,11 @@ class MoEConfig:
         )
         for name in at_least_0:
             check(getattr(self, name) >= 0, f"moe.{name}={getattr(self, name)!r} must be >= 0")
+        check(self.rounds >= 1, f"moe.rounds={self.rounds!r} must be >= 1")
+        check(
+            self.rounds == 1 or self.dispatch == "dropless",
+            f"moe.rounds={self.rounds} is for moe.dispatch='dropless'; 'capacity' has one round",
+        )
         for name in ("routed_scale", "capacity_factor"):
             check(getattr(self, name) > 0, f"moe.{name}={getattr(self, name)!r} must be > 0")
         if self.num_experts == 0:

@@ -25,7 +25,7 @@ from jaxlm.errors import UserError, check
 from jaxlm.model import heads
 from jaxlm.model import positions as pos
 from jaxlm.model.attention import Attention, Context
-from jaxlm.model.axes import AXES, EXACT, STREAM
+from jaxlm.model.axes import AXES, BY_HAND, EXACT, STREAM
 from jaxlm.model.cache import LayerCache, MemoryCache, empty, empty_memory
 from jaxlm.model.config import TransformerConfig, encoder_of
 from jaxlm.model.context_parallel import CONTEXTS, check_columns
@@ -387,7 +387,7 @@ def apply(
         layer = layer_of(rows, shared, part)
 
         def unit(params_u: Params, x: Array, xs: tuple[Params, Array]):
-            params_u = mark(lay_out(params_u, AXES, cfg.dtype, exact=EXACT), cfg.quant)
+            params_u = in_use(cfg, params_u)
             caches, first = xs
             new_caches, auxes = {}, []
             for j, block in enumerate(blocks[first_dense : first_dense + P]):
@@ -406,7 +406,7 @@ def apply(
             cache_l = None if cache is None else cache[part][j]
 
             def one(params_l: Params, *rest: Any, block: Block = blocks[index]):
-                return layer(block, mark(lay_out(params_l, AXES, cfg.dtype, exact=EXACT), cfg.quant), *rest)
+                return layer(block, in_use(cfg, params_l), *rest)
 
             run = rematerialised(one, cfg.remat, scan=False)
             x, cache_l, aux = run(params_l, x, cache_l, jnp.asarray(index))
@@ -432,6 +432,11 @@ def apply(
     if "loss" in aux:
         aux["loss"] = aux["loss"] / cfg.num_moe_layers
     return x_BTD, None if cache is None else new_cache, aux
+
+
+def in_use(cfg: TransformerConfig, params: Params) -> Params:
+    """The parameters of a layer, or of several, as its products read them."""
+    return mark(lay_out(params, AXES, cfg.dtype, exact=EXACT, left=BY_HAND), cfg.quant)
 
 
 def last_norm(cfg: TransformerConfig, params: Params, x_BTD: Array) -> Array:

@@ -1,87 +1,36 @@
 """Mixture of experts against a plain loop over rows, tokens and choices."""
 
 import dataclasses
-import functools
 import math
-import re
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from jaxlm import sharding
 from jaxlm.errors import UserError
-from jaxlm.model.grouped import grouped_matmul, take_rows
-from jaxlm.model.moe import MoE, MoEConfig, capacity, dropless_backend, exchange, route
-from jaxlm.tree import map_named, named_leaves
+from jaxlm.model.moe import MoEConfig, capacity, route
+from jaxlm.tree import named_leaves
 
-B, T, D, F, E = 2, 10, 8, 12, 4
-BASE = MoEConfig(num_experts=E, top_k=2, dropless_backend="dense")
-VARIANTS = {
-    "softmax": BASE,
-    "softmax-raw": dataclasses.replace(BASE, normalize=False, routed_scale=1.5),
-    "top1": dataclasses.replace(BASE, top_k=1, normalize=False),
-    "sigmoid": dataclasses.replace(BASE, router="sigmoid", routed_scale=2.5, bias_balancing=True),
-    "sigmoid-raw": dataclasses.replace(BASE, router="sigmoid", normalize=False),
-    "shared": dataclasses.replace(BASE, shared_experts=2, expert_dim=6),
-    "biases": dataclasses.replace(BASE, bias=True),
-    "groups": dataclasses.replace(BASE, groups=2, normalize=False),
-    "groups-sigmoid": dataclasses.replace(
-        BASE, groups=2, group_best=2, router="sigmoid", bias_balancing=True
-    ),
-}
-DISPATCHES = {
-    "dense": dict(dispatch="dropless", dropless_backend="dense"),
-    "loop": dict(dispatch="dropless", dropless_backend="loop"),
-    "ragged": dict(dispatch="dropless", dropless_backend="ragged"),
-    "capacity": dict(dispatch="capacity", capacity_factor=E / 2.0),  # top-2 of E: C = T, nothing is dropped
-    "dropping": dict(dispatch="capacity", capacity_factor=0.7),
-}
-
-
-def layer(cfg, dtype="float32", activation="swiglu"):
-    return MoE(cfg, F, activation, lambda n: n**-0.5, 0.7, dtype, "float32", "float32")
-
-
-def batch(rows=B, seed=0):
-    """Activations, a ragged mask with a hole, and padding made of values that must not matter."""
-    x_BTD = jax.random.normal(jax.random.key(seed), (rows, T, D))
-    mask_BT = np.arange(T)[None] < np.resize([T, T - 3], rows)[:, None]
-    mask_BT[0, 4] = False
-    return jnp.where(mask_BT[..., None], x_BTD, 50.0), jnp.asarray(mask_BT)
-
-
-def params_of(cfg, seed=1, activation="swiglu"):
-    """Random parameters, with a router sharp enough that capacity matters and a bias that moves selection."""
-    shapes = jax.eval_shape(layer(cfg, activation=activation).init, jax.random.key(0), *batch())
-    rng = np.random.default_rng(seed)
-
-    def leaf(name, s):
-        fixed = {
-            "router_bias": 0.3,
-            "router_b": 0.3,
-            "router_w": 1.0,
-            "b_up": 0.5,
-            "b_gate": 0.5,
-            "b_down": 0.5,
-        }
-        scale = fixed.get(name.rsplit("/", 1)[-1]) or s.shape[-2] ** -0.5
-        return jnp.asarray(rng.normal(size=s.shape) * scale, jnp.float32)
-
-    return map_named(leaf, shapes)
-
-
-@functools.cache
-def compiled(cfg, dtype, activation):
-    return jax.jit(layer(cfg, dtype, activation).apply)
-
-
-def run(cfg, params, x_BTD, mask_BT, dtype="float32", activation="swiglu"):
-    return compiled(cfg, dtype, activation)(params, x_BTD, mask_BT)
-
+sys.path.insert(0, str(Path(__file__).parent))
+from moe_cases import (
+    BASE,
+    DISPATCHES,
+    VARIANTS,
+    B,
+    D,
+    E,
+    T,
+    assert_trees_close,
+    batch,
+    gradients,
+    layer,
+    params_of,
+    routed,
+    run,
+)
 
 # --- The oracle: one row, one token, one choice at a time ---
 
@@ -186,31 +135,6 @@ def test_other_activations_gated_or_not(activation):
 # --- Gradients ---
 
 
-@functools.cache
-def compiled_gradients(cfg, dtype, layout=None):
-    def value(params, x_BTD, mask_BT):
-        y_BTD, aux = layer(cfg, dtype).apply(params, x_BTD, mask_BT)
-        # Weights that are the same in every row, so that a row's share does not depend on its batch.
-        probe_TD = jnp.sin(jnp.arange(T * D, dtype=jnp.float32)).reshape(T, D)
-        return jnp.sum(y_BTD * probe_TD) + aux["loss"], aux
-
-    return jax.jit(jax.value_and_grad(value, argnums=(0, 1), has_aux=True))
-
-
-def gradients(cfg, params, x_BTD, mask_BT, dtype="float32"):
-    """((value, aux), gradients in parameters and inputs) of weighted outputs plus the auxiliary loss."""
-    return compiled_gradients(cfg, dtype)(params, x_BTD, mask_BT)
-
-
-def routed(dispatch, **fields):
-    return dataclasses.replace(VARIANTS["sigmoid"], **fields, **DISPATCHES[dispatch])
-
-
-def assert_trees_close(got, want, rtol=1e-4, atol=2e-5):
-    for (name, a), (_, b) in zip(named_leaves(got), named_leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol, err_msg=name)
-
-
 @pytest.mark.parametrize("dispatch", ["loop", "ragged", "capacity"])
 def test_every_dispatch_has_the_same_gradients_when_nothing_is_dropped(dispatch):
     params, (x_BTD, mask_BT) = params_of(routed("dense")), batch()
@@ -220,6 +144,15 @@ def test_every_dispatch_has_the_same_gradients_when_nothing_is_dropped(dispatch)
     np.testing.assert_allclose(got, want, rtol=1e-5)
     assert_trees_close(got_grads, want_grads)
     assert all(np.abs(g).max() > 0 for _, g in named_leaves(want_grads))
+
+
+def test_rounds_change_the_buffers_and_not_the_values():
+    once, cfg = routed("loop"), routed("loop", rounds=4)
+    params, (x_BTD, mask_BT) = params_of(cfg), batch()
+    programs = [str(jax.make_jaxpr(layer(c).apply)(params, x_BTD, mask_BT)) for c in (once, cfg)]
+    assert ["length=4" in text for text in programs] == [False, True]
+    got, want = (gradients(c, params, x_BTD, mask_BT) for c in (cfg, once))
+    assert_trees_close(got, want)
 
 
 @pytest.mark.parametrize("dispatch", ["dense", "loop", "dropping"])
@@ -359,199 +292,7 @@ def test_load_balance_is_one_per_token_when_even_and_e_over_k_at_worst():
     assert float(aux["moe/max_load"][0]) / (B * 8) == pytest.approx(1.0)
 
 
-# --- Parts ---
-
-
-@functools.cache
-def grouped_gradients(backend):
-    def value(x_MD, w_EDF, sizes_E, probe_MF):
-        ends_E = jnp.cumsum(sizes_E)
-        row_M = jnp.arange(x_MD.shape[0])
-        if backend == "naive":
-            member_ME = (row_M[:, None] >= ends_E - sizes_E) & (row_M[:, None] < ends_E)
-            y_MF = sum((x_MD * member_ME[:, e, None]) @ w_EDF[e] for e in range(E))
-        else:
-            y_MF = grouped_matmul(x_MD, w_EDF, sizes_E, backend=backend)
-        y_MF = jnp.where(row_M[:, None] < ends_E[-1], y_MF, 0)
-        return jnp.sum(y_MF * probe_MF), y_MF
-
-    return jax.jit(jax.value_and_grad(value, argnums=(0, 1), has_aux=True))
-
-
-@pytest.mark.parametrize("sizes", [[3, 0, 5, 2], [0, 0, 0, 37], [0, 0, 0, 0], [30, 1, 1, 1], [8, 8, 16, 5]])
-def test_grouped_products_equal_a_loop_over_groups(sizes):
-    rows = 37  # some of the last ones belong to no group
-    x_MD = jax.random.normal(jax.random.key(0), (rows, D))
-    w_EDF = jax.random.normal(jax.random.key(1), (E, D, F))
-    probe_MF = jnp.where(
-        jnp.arange(rows)[:, None] < sum(sizes), jax.random.normal(jax.random.key(2), (rows, F)), 0
-    )
-    want, loop, ragged = (
-        grouped_gradients(b)(x_MD, w_EDF, jnp.array(sizes), probe_MF) for b in ("naive", "loop", "ragged")
-    )
-    assert_trees_close(loop, want, atol=1e-4)
-    assert_trees_close(ragged, want, atol=1e-4)
-    assert (np.abs(want[1][1]).max((1, 2)) > 0).tolist() == [n > 0 for n in sizes]
-
-
-@pytest.mark.parametrize("backend", ["loop", "ragged"])
-def test_grouped_products_of_fp32_are_made_in_fp32(backend):
-    """An accelerator would round the operands of a product of default precision."""
-    x_MD, w_EDF, sizes_E = jnp.ones((9, D)), jnp.ones((E, D, F)), jnp.array([3, 0, 5, 1])
-    for dtype in ("float32", "bfloat16"):
-        loss = lambda x, w: grouped_matmul(x, w, sizes_E, backend=backend, dtype=dtype).sum()  # noqa: E731, B023
-        text = str(jax.make_jaxpr(jax.value_and_grad(loss, argnums=(0, 1)))(x_MD, w_EDF))
-        found = re.findall(r"precision=\(?Precision\.HIGHEST", text)
-        assert len(found) == (3 if dtype == "float32" else 0)
-
-
-def test_take_rows_and_its_gradient():
-    x_BND = jax.random.normal(jax.random.key(0), (1, 3, 2))
-    index_BM = jnp.array([[2, 0, 3, 2]])  # 3 = nowhere
-    inverse_BNJ = jnp.array([[[1, 4], [4, 4], [0, 3]]])
-    y_BMD, pull = jax.vjp(lambda x: take_rows(x, index_BM, inverse_BNJ), x_BND)
-    np.testing.assert_array_equal(y_BMD[0], np.asarray([x_BND[0, 2], x_BND[0, 0], [0, 0], x_BND[0, 2]]))
-    g_BMD = jnp.arange(8.0).reshape(1, 4, 2)
-    np.testing.assert_array_equal(pull(g_BMD)[0][0], [[2, 3], [0, 0], [6, 8]])
-
-
-def test_auto_backend_is_a_matter_of_record():
-    cfg = dataclasses.replace(BASE, dropless_backend="auto")
-    assert dropless_backend(cfg) == "loop"  # one CPU device
-    with sharding.use(layout_of(EXPERT4)):
-        assert dropless_backend(cfg) == "loop"
-        assert exchange(cfg) == "padded"
-    assert dropless_backend(dataclasses.replace(cfg, dropless_backend="ragged")) == "ragged"
-
-
-# --- Layout and precision ---
-
-AXES = {
-    "router_w": ("embed", None),
-    "router_bias": (None,),
-    "router_b": (None,),
-    "b_gate": ("experts", "expert_mlp"),
-    "b_up": ("experts", "expert_mlp"),
-    "b_down": ("experts", None),
-    "w_gate": ("experts", "embed", "expert_mlp"),
-    "w_up": ("experts", "embed", "expert_mlp"),
-    "w_down": ("experts", "expert_mlp", "embed"),
-    "shared_w_gate": ("embed", "mlp"),
-    "shared_w_up": ("embed", "mlp"),
-    "shared_w_down": ("mlp", "embed"),
-}
-
-
-def layout_of(mesh):
-    return sharding.make_layout(sharding.MeshConfig(**mesh))
-
-
-EXPERT4, PRODUCT = dict(data=2, expert=4), dict(data=1, fsdp=2, tensor=2, expert=2)
-COLUMNS, FSDP8 = dict(data=1, sequence=2, expert=2, tensor=2), dict(data=1, fsdp=8)
-slow = pytest.mark.slow
-
-
-def ragged_exchange(x_MD, out_RD, from_S, sent_S, there_S, received_S, *, axis_name):
-    """`jax.lax.ragged_all_to_all` by its documentation, as XLA:CPU has none; NaN if the sizes disagree."""
-    me, row_R = jax.lax.axis_index(axis_name), jnp.arange(out_RD.shape[0])
-    x, begin, sent, there = (jax.lax.all_gather(a, axis_name) for a in (x_MD, from_S, sent_S, there_S))
-    for s in range(x.shape[0]):
-        rank_R = row_R - there[s, me]
-        rows = jnp.where(sent[s, me] == received_S[s], x[s][begin[s, me] + rank_R], jnp.nan)
-        out_RD = jnp.where(((rank_R >= 0) & (rank_R < sent[s, me]))[:, None], rows, out_RD)
-    return out_RD
-
-
-@pytest.mark.parametrize(
-    ("mesh", "dispatch", "fields"),
-    [
-        (EXPERT4, "dropping", {}),
-        (PRODUCT, "loop", {}),
-        pytest.param(EXPERT4, "loop", dict(exchange="ragged"), marks=slow),
-        pytest.param(EXPERT4, "ragged", {}, marks=slow),
-        pytest.param(EXPERT4, "dense", {}, marks=slow),
-        pytest.param(PRODUCT, "dropping", {}, marks=slow),
-        pytest.param(PRODUCT, "dense", {}, marks=slow),
-        pytest.param(COLUMNS, "dropping", {}, marks=slow),
-        pytest.param(COLUMNS, "loop", dict(exchange="ragged"), marks=slow),
-        pytest.param(FSDP8, "loop", {}, marks=slow),
-    ],
-)
-def test_a_mesh_equals_one_device(mesh, dispatch, fields, monkeypatch):
-    monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_exchange)
-    cfg = routed(dispatch, shared_experts=1)
-    params, (x_BTD, mask_BT) = params_of(cfg), batch(rows=8)
-    want = gradients(cfg, params, x_BTD, mask_BT)
-    got, program, placed = on_mesh(dataclasses.replace(cfg, **fields), mesh, params, x_BTD, mask_BT)
-    w_up = placed["params"]["w_up"]
-    assert len(w_up.sharding.device_set) == 8
-    assert w_up.addressable_shards[0].data.shape[0] == E // mesh.get("expert", 1)
-    if dispatch != "dense" and "exchange" not in fields:  # of tokens, only the choices travel
-        assert ("all-to-all(" in program) == ("expert" in mesh)
-        gathered = re.findall(r"= (\w+)\[[\d,]*\]\S* all-gather\(", program)
-        assert set(gathered) <= {"s32"}, gathered  # how many choices each expert gets
-        if mesh == EXPERT4:
-            assert bool(gathered) == (dispatch != "dropping")
-    assert_trees_close(got, want)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dispatch", ["loop", "dropping", "dense"])
-def test_biases_are_added_once_on_a_mesh_that_splits_an_experts_width(dispatch):
-    cfg = routed(dispatch, bias=True)
-    params, (x_BTD, mask_BT) = params_of(cfg), batch(rows=8)
-    want = gradients(cfg, params, x_BTD, mask_BT)
-    got, _, placed = on_mesh(cfg, PRODUCT, params, x_BTD, mask_BT)
-    assert placed["params"]["b_up"].addressable_shards[0].data.shape == (E // 2, F // 2)
-    assert_trees_close(got, want)
-
-
-def on_mesh(cfg, mesh, params, x_BTD, mask_BT):
-    """What `gradients` gives, on a mesh, the program, and the parameters as they lie."""
-    layout = layout_of(mesh)
-    with sharding.use(layout):
-
-        def place(name, a):
-            axes = AXES[name.split("/")[-1]]
-            return jax.device_put(a, NamedSharding(layout.mesh, layout.spec(axes, compute=True)))
-
-        placed = map_named(place, params)
-        rows = [
-            jax.device_put(a, NamedSharding(layout.mesh, layout.fitting(a.shape, ("batch", "length"))))
-            for a in (x_BTD[..., 0], mask_BT)
-        ]
-        x_BTD = jax.device_put(x_BTD, NamedSharding(layout.mesh, P(*rows[0].sharding.spec, None)))
-        key = (*mesh.items(), x_BTD.shape)
-        step = compiled_gradients(cfg, "float32", key).lower(placed, x_BTD, rows[1]).compile()
-        return step(placed, x_BTD, rows[1]), step.as_text(), placed
-
-
-@pytest.mark.parametrize("dispatch", ["loop", pytest.param("dropping", marks=slow)])
-def test_rows_too_few_for_the_experts_axis_are_computed_where_the_experts_are(dispatch):
-    cfg = routed(dispatch)
-    params, (x_BTD, mask_BT) = params_of(cfg), batch(rows=2)
-    got, program, _ = on_mesh(cfg, EXPERT4, params, x_BTD, mask_BT)
-    assert "all-to-all(" not in program
-    assert_trees_close(got, gradients(cfg, params, x_BTD, mask_BT))
-
-
-@slow
-@pytest.mark.parametrize("how", ["padded", "ragged"])
-def test_a_bounded_buffer_drops_what_does_not_fit_and_counts_it(how, monkeypatch):
-    monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_exchange)
-    cfg = routed("loop", exchange=how)
-    params, (x_BTD, mask_BT) = params_of(cfg), batch(rows=8)
-    (_, aux), _ = gradients(cfg, params, x_BTD, mask_BT)
-    assert float(aux["moe/dropped"][0]) == 0
-    lost = {}
-    for factor in (1.0, 0.5):
-        bounded = dataclasses.replace(cfg, buffer_factor=factor)
-        ((_, aux), grads), _, _ = on_mesh(bounded, EXPERT4, params, x_BTD, mask_BT)
-        lost[factor] = float(aux["moe/dropped"][0])
-        assert all(bool(jnp.isfinite(g).all()) for _, g in named_leaves(grads))
-    assert 0 < lost[1.0] < lost[0.5]
-    # half of a fair share for every device is at most half of all choices
-    assert lost[0.5] >= float(aux["moe/dropped"][1]) / 2 - 8 * T
+# --- Precision ---
 
 
 @pytest.mark.parametrize(
@@ -585,6 +326,8 @@ def test_bf16_stays_near_fp32(dispatch):
         (dict(num_experts=4, top_k=0), r"moe.top_k=0 .* nearest is 1"),
         (dict(num_experts=4, top_k=1), r"set moe.normalize=False"),
         (dict(capacity_factor=0.0), r"moe.capacity_factor=0.0 must be > 0"),
+        (dict(rounds=0), r"moe.rounds=0 must be >= 1"),
+        (dict(rounds=2, dispatch="capacity"), r"moe.rounds=2 is for moe.dispatch='dropless'"),
         (dict(load_balance=-1.0), r"moe.load_balance=-1.0 must be >= 0"),
     ],
 )
