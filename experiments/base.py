@@ -164,6 +164,9 @@ def get_config(size: str = "full") -> ConfigDict:
     model.moe.dropless_backend = "auto"  # auto | dense | loop | ragged, see `dropless_backend`
     model.moe.exchange = "auto"  # dropless, between devices: auto | ragged | padded, see jaxlm.model.dispatch
     model.moe.buffer_factor = 0.0  # dropless: choices a device can receive, over its fair share; 0 = all
+    model.moe.rounds = (
+        1  # dropless: a device's tokens go to their experts in that many parts: smaller buffers
+    )
     model.moe.load_balance = 0.01  # coefficient of the load-balance loss
     model.moe.router_z = 0.001  # coefficient of the router z-loss
     # loss-free balancing: a learned bias per expert that moves selection only
@@ -250,6 +253,7 @@ def get_config(size: str = "full") -> ConfigDict:
     mesh.rules = ()  # (logical axis, mesh axes) pairs that replace those of RULES
     mesh.compute_rules = ()  # likewise of COMPUTE: weights where they are used
     mesh.reduce_dtype = "float32"  # in which weight gradients are summed over devices: float32 | bfloat16
+    mesh.offload = "none"  # in the host's memory: none | optimizer (its state) | all (and layers, gradients)
     mesh.compiler_options = ()  # (name, value) for the compiler of the train step
 
     # What the loop does and how often; steps count updates of the parameters.

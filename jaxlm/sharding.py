@@ -50,6 +50,8 @@ RULES: dict[str, tuple[str, ...]] = {
 COMPUTE: dict[str, tuple[str, ...]] = {"embed": (), "expert_embed": ()}
 
 REDUCE_DTYPES = ("float32", "bfloat16")
+HOST = "pinned_host"  # JAX's name of the host's memory that a device reads and writes
+OFFLOADS = ("none", "optimizer", "all")
 DCN_AXES = ("data", "pipe")  # axes that need little from the links between slices
 
 
@@ -70,6 +72,7 @@ class MeshConfig:
     rules: tuple[tuple[str, str], ...] = ()  # (logical axis, mesh axes) pairs that replace those of RULES
     compute_rules: tuple[tuple[str, str], ...] = ()  # likewise of COMPUTE: weights where they are used
     reduce_dtype: str = "float32"  # in which weight gradients are summed over devices: float32 | bfloat16
+    offload: str = "none"  # in the host's memory: none | optimizer (its state) | all (and layers, gradients)
     compiler_options: tuple[tuple[str, str], ...] = ()  # (name, value) for the compiler of the train step
 
     def __post_init__(self) -> None:
@@ -81,6 +84,12 @@ class MeshConfig:
                     check_choice(mesh_axis, MESH_AXES, f"mesh.{where}: {axis}")
         check_choice(self.reduce_dtype, REDUCE_DTYPES, "mesh.reduce_dtype")
         check_choice(self.dcn, DCN_AXES, "mesh.dcn")
+        check_choice(self.offload, OFFLOADS, "mesh.offload")
+        check(
+            self.offload != "all" or self.pipe == 1,
+            f"mesh.offload='all' with mesh.pipe={self.pipe}: stages keep their layers on the device; "
+            "use 'optimizer'",
+        )
         check(self.pipe_repeats >= 1, f"mesh.pipe_repeats={self.pipe_repeats} must be at least 1")
         parts = self.pipe_microbatches
         check(parts >= 0, f"mesh.pipe_microbatches={parts} must not be negative")
@@ -193,6 +202,7 @@ class Layout:
     reduce_dtype: str = "float32"  # of the sums of weight gradients over devices
     pipe_microbatches: int = 0  # see `MeshConfig`
     pipe_repeats: int = 1
+    offload: str = "none"
 
     def spec(self, axes: Sequence[str | None], *, compute: bool = False) -> PartitionSpec:
         """The `PartitionSpec` of an array whose dimensions carry these logical axes (None = replicated).
@@ -274,7 +284,15 @@ def make_layout(cfg: MeshConfig, mesh: Mesh | AbstractMesh | None = None) -> Lay
     """
     mesh = make_mesh(cfg) if mesh is None else mesh
     pipeline = (cfg.pipe_microbatches, cfg.pipe_repeats)
-    layout = Layout(mesh, cfg.table(), cfg.compute_table(), cfg.reduce_dtype, *pipeline)
+    layout = Layout(mesh, cfg.table(), cfg.compute_table(), cfg.reduce_dtype, *pipeline, cfg.offload)
+    if cfg.offload != "none" and isinstance(mesh, Mesh):
+        device = mesh.devices.flat[0]
+        kinds = [memory.kind for memory in device.addressable_memories()]
+        check(
+            HOST in kinds,
+            f"mesh.offload={cfg.offload!r}: {device.device_kind} has no memory {HOST!r} (it has "
+            f"{', '.join(kinds)}); use 'none'",
+        )
     S, M = layout.stages, layout.pipeline_parts
     check(
         M % S == 0,

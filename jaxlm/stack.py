@@ -62,8 +62,8 @@ unstack.defvjp(
 
 def _keep_all_but_moved(prim: Any, *_: Any, **params: Any) -> bool:
     """Keep every residual but casts and changes of layout, else every layer would keep gathered weights."""
-    moves = ("sharding_constraint", "all_gather", "convert_element_type", "broadcast_in_dim", "squeeze")
-    return prim.name not in moves
+    moves = ("sharding_constraint", "all_gather", "device_put")
+    return prim.name not in (*moves, "convert_element_type", "broadcast_in_dim", "squeeze")
 
 
 def rematerialised(block: Callable[..., Any], remat: str, *, scan: bool) -> Callable[..., Any]:

@@ -163,6 +163,18 @@ def way(stored: PartitionSpec, used: PartitionSpec) -> list[PartitionSpec]:
     return [*steps, used]
 
 
+def on_device(x: Array) -> Array:
+    """`x`, fetched if it is in the host's memory; its gradient goes back there."""
+    host = jax.typeof(x).memory_space == jax.memory.Space.Host
+    return jax.device_put(x, jax.memory.Space.Device) if host else x
+
+
+def beside(x: Array, other: Array) -> Array:
+    """`x`, which is on the device, moved to the memory in which `other` is kept."""
+    host = jax.typeof(other).memory_space == jax.memory.Space.Host
+    return jax.device_put(x, jax.memory.Space.Host) if host else x
+
+
 def lay_out(
     params: Any,
     table: Mapping[str, tuple[str | None, ...]],
@@ -185,9 +197,10 @@ def lay_out(
         left: keys of the table whose leaves stay as they are, for `gather_by_hand`.
 
     Returns:
-        The same tree; on one device, or where storage and use do not differ, the very same leaves.
+        The same tree, on the device; on one device, or where storage and use do not differ, the very same
+        leaves.
     """
-    layout = current()
+    layout, params = current(), jax.tree.map(on_device, params)
     if layout is None:
         return params
     manual = manual_axes()

@@ -27,6 +27,10 @@ def check_shapes(cfg: RunConfig, layout: Layout) -> None:
     check_columns(cfg.data.seq_len, layout, zigzag=zigzag)
     if cfg.data.input_len:
         check_columns(cfg.data.input_len, layout, zigzag=False)
+    check(
+        layout.offload != "all" or cfg.model.scan,
+        "mesh.offload='all' fetches the layers of a scan; use it with model.scan=True, or 'optimizer'",
+    )
     longest = cfg.model.position.max_length
     if cfg.model.position.kind == "learned":
         check(

@@ -15,7 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxtyping import Array, Int, UInt32
 
 from jaxlm.errors import UserError
-from jaxlm.sharding import Layout, tree_shardings
+from jaxlm.sharding import HOST, Layout, tree_shardings
+from jaxlm.transforms import stacked
 from jaxlm.tree import map_named, named_leaves, partition
 
 Params = Any
@@ -116,6 +117,12 @@ def state_shardings(layout: Layout, state: TrainState, table: Axes) -> TrainStat
     params = tree_shardings(layout, state.params, table)
     whole = NamedSharding(layout.mesh, PartitionSpec())
     opt_state = follow_params(state.opt_state, state.params, params, layout.mesh)
+    if layout.offload != "none":  # numbers of a few bytes stay
+        opt_state = jax.tree.map(
+            lambda s, x: s.with_memory_kind(HOST) if x.ndim else s, opt_state, state.opt_state
+        )
+    if layout.offload == "all":
+        params = map_named(lambda name, s: s.with_memory_kind(HOST) if stacked(name) else s, params)
     return TrainState(step=whole, params=params, opt_state=opt_state, key=whole)
 
 

@@ -16,9 +16,10 @@ import optax
 from jaxtyping import Array, Float
 
 from jaxlm.optim import grad_norm, learning_rate, nonfinite_counts
-from jaxlm.sharding import constrain
+from jaxlm.sharding import HOST, constrain
 from jaxlm.train.state import Params, TrainState
 from jaxlm.tree import combine, named_leaves
+from jaxlm.weights import beside, on_device
 
 Batch = Any  # dict of arrays whose first dimension is the row
 Pairs = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
@@ -78,11 +79,15 @@ def _accumulate(
 
     def body(carry: tuple, xs: tuple) -> tuple[tuple, None]:
         # fp32 sums whatever the parameters' dtype: bf16 sums would lose the small microbatches.
-        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry, sums(*xs)), None
+        def add(a: jax.Array, b: jax.Array) -> jax.Array:
+            return beside(on_device(a) + on_device(b).astype(a.dtype), a)
+
+        return jax.tree.map(add, carry, sums(*xs)), None
 
     rows = split_rows(batch, microbatches)
     shapes = jax.eval_shape(sums, jax.tree.map(lambda x: x[0], rows), 0)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+    grads, *rest = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+    zeros = (jax.tree.map(beside, grads, params), *rest)
     total, _ = jax.lax.scan(body, zeros, (rows, jnp.arange(microbatches)))
     return total
 
@@ -101,6 +106,16 @@ def _check_stable(old: TrainState, new: TrainState) -> None:
                 f"into {b.dtype}{list(b.shape)}; "
                 "the optimizer must keep the types of its state"
             )
+
+
+def on_chip(shardings: Any) -> Any:
+    """The shardings with every leaf in the device's own memory."""
+    return jax.tree.map(lambda s: s.with_memory_kind("device") if s.memory_kind == HOST else s, shardings)
+
+
+def to_host(x: jax.Array, sharding: Any) -> jax.Array:
+    """`x` in the host's memory if that is where it is kept."""
+    return jax.device_put(x, sharding) if sharding.memory_kind == HOST else x
 
 
 def make_step(
@@ -145,13 +160,17 @@ def make_step(
             grads, loss, weight, metrics = _accumulate(
                 objective, state.params, frozen, batch, key, microbatches
             )
+            grads = jax.tree.map(on_device, grads)
             if shardings is not None:
-                grads = jax.lax.with_sharding_constraint(grads, shardings.params)
+                grads = jax.lax.with_sharding_constraint(grads, on_chip(shardings.params))
             divisor = jnp.where(weight > 0, weight, 1.0)
             grads = jax.tree.map(lambda g: jnp.where(weight > 0, g / divisor, jnp.zeros_like(g)), grads)
         with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            after = state.next(optax.apply_updates(state.params, updates), opt_state)
+            params, opt_state = jax.tree.map(on_device, (state.params, state.opt_state))
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            after = state.next(optax.apply_updates(params, updates), opt_state)
+            if shardings is not None:
+                after = jax.tree.map(to_host, after, shardings)
         _check_stable(state, after)
 
         skipped, in_a_row = nonfinite_counts(opt_state)
@@ -162,7 +181,7 @@ def make_step(
             "skipped": skipped,
         }
         if norms:
-            scalars |= {"update_norm": _norm(updates), "param_norm": _norm(state.params)}
+            scalars |= {"update_norm": _norm(updates), "param_norm": _norm(params)}
         one = jnp.ones((), jnp.float32)
         return after, {
             **metrics,
