@@ -146,6 +146,10 @@ MESHES = {
         MeshConfig(data=4, fsdp=2, rules=(("embed", "data fsdp"),)),
         "gather",
     ),
+    "data2_fsdp2_expert2_stored_on_all": (
+        MeshConfig(data=2, fsdp=2, expert=2, rules=(("embed", "data fsdp expert"),)),
+        "gather",
+    ),
 }  # fmt: skip
 FAST = {
     ("dense", "data4_fsdp2_stored_on_both"),

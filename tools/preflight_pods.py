@@ -32,11 +32,14 @@ LLAMA3_8B = llama(32, 4096, 14_336, 32, 8)
 LLAMA3_70B = llama(80, 8192, 28_672, 64, 8)
 LLAMA3_405B = llama(126, 16_384, 53_248, 128, 8)
 MIXTRAL = llama(32, 4096, 14_336, 32, 8, 32_000)
-MIXTRAL |= dict(mlp_pattern=("moe",), moe=dict(num_experts=8, top_k=2))
-# DeepSeek-V3's widths and experts, with plain attention and experts in every layer.
-DEEPSEEK = llama(61, 7168, 18_432, 128, 128, 129_280)
+MIXTRAL |= dict(mlp_pattern=("moe",), moe=dict(num_experts=8, top_k=2, rounds=8))
+# DeepSeek-V3's widths, router and experts, with experts in every layer, and grouped heads (128 of 128, 8 key
+# heads) in place of its latent attention.
+DEEPSEEK = llama(61, 7168, 18_432, 128, 8, 129_280)
 DEEPSEEK["attention"]["head_dim"] = 128
 DEEPSEEK |= dict(mlp_pattern=("moe",), moe=dict(num_experts=256, top_k=8, expert_dim=2048, shared_experts=1))
+DEEPSEEK["moe"] |= dict(router="sigmoid", routed_scale=2.5, bias_balancing=True, rounds=16)
+LLAMA3_8B_LONG = {**LLAMA3_8B, "attention": {**LLAMA3_8B["attention"], "context": "ulysses"}}
 
 
 def stored_over(data: int, fsdp: int, **others: int) -> dict:
@@ -49,6 +52,14 @@ def stored_over(data: int, fsdp: int, **others: int) -> dict:
     return dict(data=data, fsdp=fsdp, rules=rules, reduce_dtype="bfloat16", **others)
 
 
+def shared_out(fsdp: int, expert: int) -> dict:
+    """A mesh whose devices share out the experts; other weights are stored split over both axes."""
+    return dict(data=1, fsdp=fsdp, expert=expert, rules=(("embed", "fsdp expert"),), reduce_dtype="bfloat16")
+
+
+LONG = dict(data=8, fsdp=8, sequence=8, rules=(("embed", "fsdp sequence"),), reduce_dtype="bfloat16")
+
+
 # name -> (model, topology, slices, mesh, rows, T)
 PODS: dict[str, tuple[dict, str, int, dict, int, int]] = {
     "llama2-7B": (LLAMA2_7B, "v5e:16x16", 1, stored_over(16, 16), 512, 4096),
@@ -56,9 +67,9 @@ PODS: dict[str, tuple[dict, str, int, dict, int, int]] = {
     "llama3-8B on v6e": (LLAMA3_8B, "v6e:8x8", 1, stored_over(8, 8), 128, 8192),
     "llama3-70B": (LLAMA3_70B, "v5p:8x8x8", 1, stored_over(64, 8), 1024, 8192),
     "llama3-405B": (LLAMA3_405B, "v5p:16x16x16", 1, dict(data=1, fsdp=512, tensor=8), 1024, 8192),
-    "mixtral-8x7B": (MIXTRAL, "v5p:4x4x4", 1, stored_over(16, 4), 512, 4096),
-    "deepseek-V3-shaped": (DEEPSEEK, "v5p:8x8x8", 1, dict(data=1, fsdp=8, expert=64), 1024, 4096),
-    "llama3-8B, T 131,072": (LLAMA3_8B, "v5p:8x8x8", 1, dict(data=1, fsdp=64, sequence=8), 64, 131_072),
+    "mixtral-8x7B": (MIXTRAL, "v5p:4x4x4", 1, shared_out(8, 8), 512, 4096),
+    "deepseek-V3-shaped": (DEEPSEEK, "v5p:8x8x8", 1, shared_out(8, 64), 1024, 4096),
+    "llama3-8B, T 131,072": (LLAMA3_8B_LONG, "v5p:8x8x8", 1, LONG, 64, 131_072),
     "llama3-70B, two slices": (LLAMA3_70B, "v6e:16x16", 2, dict(data=2, fsdp=256), 512, 8192),
 }
 
