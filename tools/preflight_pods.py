@@ -32,7 +32,7 @@ LLAMA3_8B = llama(32, 4096, 14_336, 32, 8)
 LLAMA3_70B = llama(80, 8192, 28_672, 64, 8)
 LLAMA3_405B = llama(126, 16_384, 53_248, 128, 8)
 MIXTRAL = llama(32, 4096, 14_336, 32, 8, 32_000)
-MIXTRAL |= dict(mlp_pattern=("moe",), moe=dict(num_experts=8, top_k=2, rounds=8))
+MIXTRAL |= dict(mlp_pattern=("moe",), moe=dict(num_experts=8, top_k=2, rounds=16))
 # DeepSeek-V3's widths, router and experts, with experts in every layer, and grouped heads (128 of 128, 8 key
 # heads) in place of its latent attention.
 DEEPSEEK = llama(61, 7168, 18_432, 128, 8, 129_280)

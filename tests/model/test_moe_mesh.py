@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -172,3 +173,15 @@ def test_a_bounded_buffer_drops_what_does_not_fit_and_counts_it(how, monkeypatch
     assert 0 < lost[1.0] < lost[0.5]
     # half of a fair share for every device is at most half of all choices
     assert lost[0.5] >= float(aux["moe/dropped"][1]) / 2 - 8 * T
+
+
+@slow
+def test_gradients_of_experts_are_summed_in_the_dtype_that_the_mesh_names():
+    cfg = routed("loop")
+    params, (x_BTD, mask_BT) = params_of(cfg), batch(rows=8)
+    (_, (want, _)) = gradients(cfg, params, x_BTD, mask_BT)
+    mesh = FSDP8 | dict(reduce_dtype="bfloat16")
+    (_, (got, _)), _, _ = on_mesh(cfg, mesh, params, x_BTD, mask_BT)
+    for name in ("w_gate", "w_up", "w_down"):
+        error = np.abs(got["params"][name] - want["params"][name]).max()
+        assert 1e-5 < error / np.abs(want["params"][name]).max() < 2e-2, name
