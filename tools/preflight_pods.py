@@ -39,6 +39,10 @@ DEEPSEEK = llama(61, 7168, 18_432, 128, 8, 129_280)
 DEEPSEEK["attention"]["head_dim"] = 128
 DEEPSEEK |= dict(mlp_pattern=("moe",), moe=dict(num_experts=256, top_k=8, expert_dim=2048, shared_experts=1))
 DEEPSEEK["moe"] |= dict(router="sigmoid", routed_scale=2.5, bias_balancing=True, rounds=16)
+# The same as its report has it (arXiv:2412.19437), but for the prediction of further tokens.
+DEEPSEEK_V3 = {**DEEPSEEK, "first_dense": 3, "attention": dict(num_heads=128)}
+DEEPSEEK_V3["attention"]["latent"] = dict(kv_rank=512, q_rank=1536, nope_dim=128, rope_dim=64, value_dim=128)
+DEEPSEEK_V3["moe"] = {**DEEPSEEK["moe"], "groups": 8, "top_groups": 4, "group_best": 2}
 LLAMA3_8B_LONG = {**LLAMA3_8B, "attention": {**LLAMA3_8B["attention"], "context": "ulysses"}}
 
 
@@ -69,6 +73,7 @@ PODS: dict[str, tuple[dict, str, int, dict, int, int]] = {
     "llama3-405B": (LLAMA3_405B, "v5p:16x16x16", 1, dict(data=1, fsdp=512, tensor=8), 1024, 8192),
     "mixtral-8x7B": (MIXTRAL, "v5p:4x4x4", 1, shared_out(8, 8), 512, 4096),
     "deepseek-V3-shaped": (DEEPSEEK, "v5p:8x8x8", 1, shared_out(8, 64), 1024, 4096),
+    "deepseek-V3": (DEEPSEEK_V3, "v5p:8x8x8", 1, shared_out(8, 64), 1024, 4096),
     "llama3-8B, T 131,072": (LLAMA3_8B_LONG, "v5p:8x8x8", 1, LONG, 64, 131_072),
     "llama3-70B, two slices": (LLAMA3_70B, "v6e:16x16", 2, dict(data=2, fsdp=256), 512, 8192),
 }
