@@ -143,3 +143,13 @@ def find_chip(name: str) -> Chip:
     if name not in CHIPS:
         raise UserError(f"--chip={name} is not one of {', '.join(CHIPS)}{nearest(name, CHIPS)}")
     return CHIPS[name]
+
+
+def chip_of_kind(device_kind: str) -> Chip | None:
+    """The chip whose devices JAX calls so, of several the one with least memory; None if there is none.
+
+    >>> chip_of_kind("TPU v5 lite").memory, chip_of_kind("NVIDIA A100-SXM4-80GB").memory, chip_of_kind("cpu")
+    (16000000000.0, 40000000000.0, None)
+    """
+    found = [chip for chip in CHIPS.values() if device_kind.lower().startswith(chip.kind.lower())]
+    return max(found, key=lambda chip: (len(chip.kind), -chip.memory), default=None)

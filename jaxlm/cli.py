@@ -176,6 +176,8 @@ def _define_config(values: flags.FlagValues, spec: str | None, argv: list[str], 
         if match:
             check_name(match[1], cls)
             argv[i] = _tuple_literal(config, match[1], arg)
+            if match[1] == "mesh" and arg.endswith("=auto"):
+                argv[i] = "--config.mesh.auto=True"
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["jaxlm", *argv])
     return config
 

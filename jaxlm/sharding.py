@@ -74,6 +74,7 @@ class MeshConfig:
     reduce_dtype: str = "float32"  # in which weight gradients are summed over devices: float32 | bfloat16
     offload: str = "none"  # in the host's memory: none | optimizer (its state) | all (and layers, gradients)
     compiler_options: tuple[tuple[str, str], ...] = ()  # (name, value) for the compiler of the train step
+    auto: bool = False  # the command chooses sizes (and `embed`'s rule) for its hardware: --config.mesh=auto
 
     def __post_init__(self) -> None:
         sizes = {name: getattr(self, name) for name in MESH_AXES}
@@ -127,6 +128,7 @@ class MeshConfig:
         >>> MeshConfig(tensor=2).shape(8)
         (1, 4, 1, 1, 1, 2)
         """
+        check(not self.auto, "mesh.auto=True: no sizes are chosen, see jaxlm.preflight.planner.resolve_mesh")
         sizes = [getattr(self, name) for name in MESH_AXES]
         fixed = int(np.prod([n for n in sizes if n != -1]))
         text = " x ".join(f"{name}={n}" for name, n in zip(MESH_AXES, sizes, strict=True) if n != 1)

@@ -77,6 +77,7 @@ def _train_flags(values: flags.FlagValues) -> None:
 def _train(values: flags.FlagValues, positional: Sequence[str], config: Any) -> int:
     from jaxlm import distributed
     from jaxlm.config import build
+    from jaxlm.preflight.planner import resolve_here
     from jaxlm.train.loop import NonFiniteError
     from jaxlm.train.run import train
 
@@ -86,7 +87,7 @@ def _train(values: flags.FlagValues, positional: Sequence[str], config: Any) -> 
     distributed.start(values.coordinator, values.num_processes, values.process_id)
     try:
         with distributed.leaving_at_once(NonFiniteError):
-            result = train(cfg, values.workdir, bar=values.bar)
+            result = train(resolve_here(cfg), values.workdir, bar=values.bar)
     except NonFiniteError as error:
         print(f"jaxlm: {error}", file=sys.stderr)
         return FAILED
@@ -217,6 +218,7 @@ def _config(values: flags.FlagValues, positional: Sequence[str], config: Any) ->
 
     from jaxlm.config import build, canonical_json, config_hash, flatten
     from jaxlm.mesh_rules import preset
+    from jaxlm.preflight.planner import resolve_here
     from jaxlm.scaling.count_tables import tables
     from jaxlm.train.run import plan
 
@@ -224,11 +226,12 @@ def _config(values: flags.FlagValues, positional: Sequence[str], config: Any) ->
     devices = values.devices
     if values.preset:
         check(devices is None, f"--devices={devices}: --preset says how many devices there are; drop one")
+        check(not config.mesh.auto, "--preset and --config.mesh=auto both choose a mesh; drop one")
         rule, devices = preset(values.preset)
         config.update_from_flattened_dict(rule.overrides(devices))
         for name, value in rule.overrides(devices).items() if not values.json else ():
             print(f"--config.{name}={value!r}")
-    cfg = build(config)
+    cfg = resolve_here(build(config), devices)
     if values.json:
         print(canonical_json(cfg, indent=2))
         return 0

@@ -333,6 +333,16 @@ def test_a_preset_is_applied_and_printed_as_overrides_and_json_is_json_alone(run
     assert build(json.loads(out)).model.remat == "full"
 
 
+def test_a_mesh_left_to_the_command_is_resolved(run):
+    code, out, _ = run("config", SMOKE, "--config.mesh=auto")
+    assert code == 0
+    assert "mesh.auto = False" in out
+    assert "mesh data=8; " in out
+    code, _, err = run("config", SMOKE, "--config.mesh=auto", "--preset=TPU v5 x 4")
+    assert code == 2
+    assert "both choose a mesh" in err
+
+
 def test_overrides_take_every_kind_of_value(run):
     words = [
         "model.attention.window=8",

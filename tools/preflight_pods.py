@@ -46,14 +46,14 @@ DEEPSEEK_V3["moe"] = {**DEEPSEEK["moe"], "groups": 8, "top_groups": 4, "group_be
 LLAMA3_8B_LONG = {**LLAMA3_8B, "attention": {**LLAMA3_8B["attention"], "context": "ulysses"}}
 
 
-def stored_over(data: int, fsdp: int, **others: int) -> dict:
-    """A mesh whose weights are stored split over `data` and `fsdp`, gathered over one after the other.
+def stored_over(outer: int, inner: int, axes: str = "data fsdp", **others: int) -> dict:
+    """A mesh whose weights are stored split over two axes, gathered over one after the other.
 
     Neither fills the torus: over a group that does, the compiler would gather by all-reduce. Gradients travel
-    in bfloat16.
+    in bfloat16. Where `data` is taken, a dense model may use `expert`, which it has no other use for.
     """
-    rules = (("embed", "data fsdp"),)
-    return dict(data=data, fsdp=fsdp, rules=rules, reduce_dtype="bfloat16", **others)
+    sizes = dict(zip(axes.split(), (outer, inner), strict=True))
+    return dict(data=1) | sizes | dict(rules=(("embed", axes),), reduce_dtype="bfloat16") | others
 
 
 def shared_out(fsdp: int, expert: int) -> dict:
@@ -70,12 +70,19 @@ PODS: dict[str, tuple[dict, str, int, dict, int, int]] = {
     "llama3-8B": (LLAMA3_8B, "v5p:4x4x4", 1, stored_over(16, 4), 256, 8192),
     "llama3-8B on v6e": (LLAMA3_8B, "v6e:8x8", 1, stored_over(8, 8), 128, 8192),
     "llama3-70B": (LLAMA3_70B, "v5p:8x8x8", 1, stored_over(64, 8), 1024, 8192),
-    "llama3-405B": (LLAMA3_405B, "v5p:16x16x16", 1, dict(data=1, fsdp=512, tensor=8), 1024, 8192),
+    "llama3-405B": (LLAMA3_405B, "v5p:16x16x16", 1, stored_over(64, 8, "fsdp expert", tensor=8), 1024, 8192),
     "mixtral-8x7B": (MIXTRAL, "v5p:4x4x4", 1, shared_out(8, 8), 512, 4096),
     "deepseek-V3-shaped": (DEEPSEEK, "v5p:8x8x8", 1, shared_out(8, 64), 1024, 4096),
     "deepseek-V3": (DEEPSEEK_V3, "v5p:8x8x8", 1, shared_out(8, 64), 1024, 4096),
     "llama3-8B, T 131,072": (LLAMA3_8B_LONG, "v5p:8x8x8", 1, LONG, 64, 131_072),
-    "llama3-70B, two slices": (LLAMA3_70B, "v6e:16x16", 2, dict(data=2, fsdp=256), 512, 8192),
+    "llama3-70B, two slices": (
+        LLAMA3_70B,
+        "v6e:16x16",
+        2,
+        stored_over(16, 16, "fsdp expert", data=2),
+        512,
+        8192,
+    ),
 }
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from jaxlm.config import RunConfig
 from jaxlm.errors import check
 from jaxlm.preflight.compiled import Facts, default_cache, facts_of
-from jaxlm.preflight.planner import describe_mesh
+from jaxlm.preflight.planner import describe_mesh, mesh_overrides, resolve_mesh
 from jaxlm.preflight.report import lines, make_report, tables
 from jaxlm.preflight.search import flags, ranking_table, search
 from jaxlm.preflight.topology import parse_topology
@@ -55,6 +55,10 @@ def preflight_command(
     hardware = parse_topology(topology, slices)
     # This machine only compiles. Where libtpu is installed JAX would look for a TPU first.
     jax.config.update("jax_platforms", "cpu")
+    if cfg.mesh.auto:
+        kind = hardware.chip.kind if hardware.chip else "cpu"
+        cfg = resolve_mesh(cfg, kind, hardware.num_devices, slices)
+        print(f"mesh: {flags(mesh_overrides(cfg.mesh))}", file=sys.stderr)
     folder = default_cache() if cache is None else Path(cache) if cache else None
 
     def compile_one(cfg: RunConfig) -> tuple[Facts, bool]:

@@ -24,7 +24,7 @@ from jaxtyping import Int
 import jaxlm
 from jaxlm.config import RunConfig, canonical_json, to_dict
 from jaxlm.data.config import batch_columns, column_dtype
-from jaxlm.preflight import hlo
+from jaxlm.preflight import gpu, hlo
 from jaxlm.preflight.collectives import BETWEEN, Collective, schedule, traffic
 from jaxlm.preflight.topology import (
     Topology,
@@ -62,7 +62,7 @@ class DeviceMemory:
 
 @dataclasses.dataclass(frozen=True)
 class Shortage:
-    """The compiler's refusal: the program does not fit."""
+    """The program does not fit: the compiler refuses it (TPU), or it needs more than there is (GPU)."""
 
     needed: float  # bytes on one device
     available: float
@@ -140,7 +140,7 @@ def compile_step(cfg: RunConfig, topology: Topology) -> Facts:
         compiled, shortage = None, None
         try:
             with captured_stderr() as log:
-                compiled = lowered.compile()
+                compiled = lowered.compile(gpu.COMPILER_OPTIONS if topology.platform == "gpu" else None)
         except jax.errors.JaxRuntimeError as error:
             shortage = parse_shortage(str(error))
             if shortage is None:
@@ -155,13 +155,17 @@ def compile_step(cfg: RunConfig, topology: Topology) -> Facts:
             cycles, unknown = found.cycles, found.unknown_loops
         except (jax.errors.JaxRuntimeError, ValueError) as error:
             unreadable = str(error).splitlines()[0]
+    memory = None if compiled is None else _memory(compiled)
+    if topology.platform == "gpu" and memory is not None and memory.allocated > topology.chip.limit:
+        # The GPU compiler has no limit of its own.
+        shortage = Shortage(memory.allocated, topology.chip.limit, "more than the memory of the GPU")
     names = ("trace", "lower", "compile")
     return Facts(
         topology=str(topology),
         mesh=dict(mesh.shape),
         state=_state_bytes(built.target, batch, cfg),
         largest_replicated=_largest_replicated(built.target.params),
-        memory=None if compiled is None else _memory(compiled),
+        memory=memory,
         shortage=shortage,
         collectives=rows,
         unreadable=unreadable,

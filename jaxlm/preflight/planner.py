@@ -1,35 +1,41 @@
 """What a layout will cost, without compiling it: memory, traffic and time in closed form, and the best mesh.
 
 Memory is `scaling.counting.memory`. Traffic of one device and step, with w the bytes of its share of the
-parameters in the compute dtype before `fsdp` splits them, M microbatches, x = tokens of the device x D x
-bytes of an activation, L layers, n the size of the axis:
+parameters in the compute dtype as the axis gathers them, g the same in `mesh.reduce_dtype`, M microbatches,
+x = tokens of the device x D x bytes of an activation, L layers, n the size of the axis:
 
-    fsdp      (n - 1) / n of 2 M w gathered (forward, backward) and of M w in fp32 scattered
-    data      2 (n - 1) / n of the gradients' shard, fp32
+    storage   (n - 1) / n of 2 M w gathered (forward, backward) and of M g scattered, for each axis that
+              splits `embed` in storage: the innermost gathers the parts that the outer ones leave
+    data      2 (n - 1) / n of the gradients' shard, where `data` is none of them
     tensor    2 (n - 1) / n of 4 L x (6 L x where blocks are rematerialised)
     sequence  (n - 1) of 6 L x (K / N): keys and values of the others, forward, again, and their gradients
     expert    (n - 1) / n of 4 k x for each layer of experts (6 where blocks are rematerialised)
     pipe      2 x
 
-The time of an axis is its bytes over its links: an axis of n of N chips is taken to lie along
-ceil(dims log n / log N) dimensions of the torus, two links in each. An estimate to choose with; the compiler
-has the last word.
+An axis that fills the torus alone sends twice as much for storage: there a TPU gathers and scatters by sums
+of whole arrays (`weights.way`). The time of an axis is its bytes over its links: an axis of n of N chips is
+taken to lie along ceil(dims log n / log N) dimensions of the torus, two links in each. An estimate to choose
+with; the compiler has the last word.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import jax
 import numpy as np
 
-from jaxlm.chips import Chip
+from jaxlm.chips import Chip, chip_of_kind
 from jaxlm.config import RunConfig
 from jaxlm.errors import UserError
+from jaxlm.mesh_rules import preset
 from jaxlm.scaling.counting import Memory
 from jaxlm.sharding import MESH_AXES, MeshConfig
 from jaxlm.train.run import plan
 
-HEADROOM = 0.9  # share of the memory that the estimate may fill
+HEADROOM = 0.75  # share of the memory that the estimate may fill: compilers reserve 1.1 to 1.6 times the peak
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +75,9 @@ def estimate(cfg: RunConfig, chip: Chip, num_devices: int, slices: int = 1) -> E
     """
     cfg = dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, slices=slices))
     need = plan(cfg, num_devices=num_devices)
-    traffic = axis_traffic(cfg, need.mesh_shape, need.memory.params)
     chips = num_devices / slices / chip.devices
+    torus = num_devices // slices if chip.network.dims > 1 else 0
+    traffic = axis_traffic(cfg, need.mesh_shape, need.memory.params, torus=torus)
     seconds, between = 0.0, 0.0
     for axis, sent in traffic.items():
         n = need.mesh_shape[axis]
@@ -92,17 +99,18 @@ def estimate(cfg: RunConfig, chip: Chip, num_devices: int, slices: int = 1) -> E
     )
 
 
-def axis_traffic(cfg: RunConfig, mesh: dict[str, int], params: int) -> dict[str, float]:
+def axis_traffic(cfg: RunConfig, mesh: dict[str, int], params: int, *, torus: int = 0) -> dict[str, float]:
     """Bytes that one device sends along each mesh axis in a step; see the module's text.
 
     Args:
         cfg: the run.
         mesh: resolved sizes.
         params: bytes of the parameters on one device.
+        torus: devices of a slice that is a torus; 0 = it is none.
     """
     model, M = cfg.model, cfg.train.microbatches
-    width, stored = np.dtype(model.dtype).itemsize, np.dtype(model.param_dtype).itemsize
-    shard = params / stored  # elements
+    width, summed = np.dtype(model.dtype).itemsize, np.dtype(cfg.mesh.reduce_dtype).itemsize
+    shard = params / np.dtype(model.param_dtype).itemsize  # elements
     rows = cfg.data.batch_size / (mesh["data"] * mesh["fsdp"] * mesh["expert"])
     x = rows * cfg.data.seq_len / mesh["sequence"] * model.model_dim * width
     layers = model.num_layers / mesh["pipe"]
@@ -111,49 +119,57 @@ def axis_traffic(cfg: RunConfig, mesh: dict[str, int], params: int) -> dict[str,
     def part(axis: str) -> float:
         return (mesh[axis] - 1) / mesh[axis]
 
+    stored = [axis for axis in cfg.mesh.table()["embed"] if mesh[axis] > 1]
+    storage, gathered = dict.fromkeys(MESH_AXES, 0.0), shard * math.prod(mesh[axis] for axis in stored)
+    for axis in stored:  # from the outermost in
+        again = 2 if mesh[axis] == torus else 1
+        storage[axis] = again * part(axis) * gathered * M * (2 * width + summed)
+        gathered /= mesh[axis]
     heads = model.attention.kv_heads / model.attention.num_heads
     moe = model.num_moe_layers / mesh["pipe"] * model.moe.top_k if model.num_moe_layers else 0
-    return {
-        "fsdp": part("fsdp") * mesh["fsdp"] * shard * M * (2 * width + 4),
-        "data": 2 * part("data") * shard * 4,
+    asked = {
+        "data": 0.0 if "data" in stored else 2 * part("data") * shard * summed,
         "tensor": 2 * part("tensor") * passes * layers * x,
         "sequence": (mesh["sequence"] - 1) * 6 * layers * x * heads / mesh["tensor"],
         "expert": part("expert") * passes * moe * x,
         "pipe": 2 * x if mesh["pipe"] > 1 else 0.0,
     }
+    return {axis: storage[axis] + asked.get(axis, 0.0) for axis in MESH_AXES}
 
 
 def meshes(cfg: RunConfig, num_devices: int, slices: int = 1) -> Iterator[MeshConfig]:
-    """Layouts worth asking about, with the rules of `cfg.mesh`; many of them will not divide the model.
+    """Layouts worth asking about; many of them will not divide the model.
 
     `data` is as large as the slices; `fsdp` takes what tensor (up to 16), expert and sequence leave. More
-    `data` in place of `fsdp` saves gathers where the state fits, so a few of those follow.
+    `data` in place of `fsdp` saves gathers where the state fits, so a few of those follow; so does storage
+    over two axes, neither of which fills the torus, where the config has no rule of its own for `embed`.
     """
     tensors = [n for n in (1, 2, 4, 8, 16) if cfg.model.attention.num_heads % n == 0]
     experts = _divisors(cfg.model.moe.num_experts) if cfg.model.num_moe_layers else [1]
     sequences = [1, 2, 4, 8, 16, 32, 64]
-    for tensor in tensors:
-        for expert in experts:
-            for sequence in sequences:
-                used = slices * tensor * expert * sequence
-                if num_devices % used:
-                    continue
-                rest = num_devices // used
-                # Columns are split only when there are not rows enough.
-                if sequence > 1 and cfg.data.batch_size >= slices * rest * expert * sequence:
-                    continue
-                for more in (1, 4, rest):
-                    if rest % more == 0 and (more == 1 or more < rest or more == rest > 4):
-                        yield dataclasses.replace(
-                            cfg.mesh,
-                            data=slices * more,
-                            fsdp=rest // more,
-                            tensor=tensor,
-                            expert=expert,
-                            sequence=sequence,
-                            pipe=1,
-                            slices=slices,
-                        )
+    for tensor, expert, sequence in itertools.product(tensors, experts, sequences):
+        used = slices * tensor * expert * sequence
+        if num_devices % used:
+            continue
+        rest = num_devices // used
+        # Columns are split only when there are not rows enough.
+        if sequence > 1 and cfg.data.batch_size >= slices * rest * expert * sequence:
+            continue
+        others = dict(tensor=tensor, expert=expert, sequence=sequence, pipe=1, slices=slices)
+        for more in (1, 4, rest):
+            if rest % more == 0 and (more == 1 or more < rest or more == rest > 4):
+                yield dataclasses.replace(cfg.mesh, data=slices * more, fsdp=rest // more, **others)
+        inner = 2 ** (int(math.log2(rest)) // 2)
+        if "embed" in dict(cfg.mesh.rules) or inner < 4 or rest % inner:
+            continue
+        if slices == 1:
+            outer, sizes = "data", dict(data=rest // inner, fsdp=inner)
+        elif not cfg.model.num_moe_layers:  # `data` leaves the slice; a dense model has no use for `expert`
+            outer, sizes = "expert", dict(data=slices, fsdp=inner, expert=rest // inner)
+        else:
+            continue
+        rules = (*cfg.mesh.rules, ("embed", f"{outer} fsdp"))
+        yield dataclasses.replace(cfg.mesh, **(others | sizes), rules=rules)
 
 
 def _divisors(n: int) -> list[int]:
@@ -192,7 +208,50 @@ def choose_mesh(cfg: RunConfig, chip: Chip, num_devices: int, slices: int = 1) -
     return found[0][0].mesh
 
 
+def resolve_mesh(cfg: RunConfig, kind: str, num_devices: int, slices: int = 1) -> RunConfig:
+    """The run with a mesh, if it leaves the choice to us: the planner's, else that of `mesh_rules`.
+
+    The table decides for hardware whose links have no numbers (a CPU), and for GPUs of several hosts.
+
+    Args:
+        cfg: any run; without `mesh.auto` it comes back as it is.
+        kind: as `jax.Device.device_kind`.
+        num_devices: over all slices.
+        slices: groups of devices with fast links; of GPUs, hosts.
+
+    Raises:
+        UserError: nothing fits, or the hardware is in neither table.
+    """
+    if not cfg.mesh.auto:
+        return cfg
+    asked, chip = dataclasses.replace(cfg.mesh, auto=False), chip_of_kind(kind)
+    torus = chip is not None and chip.network is not None and chip.network.dims > 1
+    if chip is not None and chip.network is not None and (torus or slices == 1):
+        mesh = choose_mesh(dataclasses.replace(cfg, mesh=asked), chip, num_devices, slices)
+    else:
+        rule, _ = preset(f"{kind} x {num_devices}")
+        sizes = dict.fromkeys(MESH_AXES, 1) | rule.mesh
+        mesh = dataclasses.replace(asked, **sizes)
+    return dataclasses.replace(cfg, mesh=mesh)
+
+
+def resolve_here(cfg: RunConfig, num_devices: int | None = None) -> RunConfig:
+    """`resolve_mesh` for the devices of this process, or for so many of their kind."""
+    if not cfg.mesh.auto:
+        return cfg
+    devices = jax.devices()
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    return resolve_mesh(cfg, devices[0].device_kind, num_devices or len(devices), slices)
+
+
 def describe_mesh(mesh: MeshConfig) -> str:
-    """`fsdp=32 tensor=2`: the axes that split something."""
-    sizes = [f"{name}={getattr(mesh, name)}" for name in MESH_AXES if getattr(mesh, name) != 1]
-    return " ".join(sizes) or "one device"
+    """`fsdp=32 tensor=2`: the axes that split something, and storage where a rule of the config says it."""
+    parts = [f"{name}={getattr(mesh, name)}" for name in MESH_AXES if getattr(mesh, name) != 1]
+    parts += [f"({axis} over {axes or 'none'})" for axis, axes in mesh.rules if axis == "embed"]
+    return " ".join(parts) or "one device"
+
+
+def mesh_overrides(mesh: MeshConfig) -> dict[str, Any]:
+    """Config fields that make this mesh: its sizes, and its rules if it has any."""
+    sizes = {f"mesh.{name}": getattr(mesh, name) for name in (*MESH_AXES, "slices")}
+    return sizes | ({"mesh.rules": mesh.rules} if mesh.rules else {})

@@ -219,11 +219,14 @@ def _memory_table(report: Report) -> Table:
     state = facts.state
     rows = [(name, state[name], "shapes") for name in ("params", "opt_state", "batch")]
     if memory is not None:
+        guess = report.estimate
+        parts = {"kept activations": guess.activations, "a layer's backward pass": guess.layer}
+        parts |= {"blocks in the compute dtype": guess.casts, "the head's gradient, whole": guess.head_grad}
+        parts |= {"logits": guess.logits, "the rest of the loss": guess.head, "updates": guess.update}
         rows += [
             ("temporaries", memory.temporaries, "compiler"),
             ("  gradients, at most", state["gradients"], "shapes"),
-            ("  kept activations, about", report.estimate.activations, "analytic model"),
-            ("  logits, about", report.estimate.logits, "analytic model"),
+            *[(f"  {what}, about", size, "analytic model") for what, size in parts.items()],
             ("outputs beside the donated state", memory.outputs - memory.aliased, "compiler"),
             ("code", memory.code, "compiler"),
         ]
@@ -234,6 +237,7 @@ def _memory_table(report: Report) -> Table:
         table.add_row("allocated", f"{memory.allocated / GiB:,.3f}", "compiler")
         if memory.peak:
             table.add_row("in use at one time, at most", f"{memory.peak / GiB:,.3f}", "compiler")
+        table.add_row("the same, about", f"{report.estimate.total / GiB:,.3f}", "analytic model")
     if report.limit:
         table.add_row("limit", f"{report.limit / GiB:,.2f}", "compiler")
     if facts.shortage is not None and facts.shortage.needed:

@@ -6,17 +6,18 @@ ranked by their time with nearly full overlap, see `Candidate.score`.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from rich.table import Table
 
 from jaxlm.config import RunConfig
 from jaxlm.errors import check
 from jaxlm.preflight.compiled import Facts
-from jaxlm.preflight.planner import Estimate, describe_mesh, meshes, ranked
+from jaxlm.preflight.planner import Estimate, describe_mesh, mesh_overrides, meshes, ranked
 from jaxlm.preflight.report import GiB, Report, make_report, sums
 from jaxlm.preflight.topology import Topology
-from jaxlm.sharding import MESH_AXES
 
 REMATS = ("none", "minimal", "full")
 MICROBATCHES = (1, 2, 4, 8, 16)
@@ -39,11 +40,10 @@ class Candidate:
         return time.bound + 0.2 * (time.serial - time.bound)
 
     @property
-    def overrides(self) -> dict[str, int | str]:
+    def overrides(self) -> dict[str, Any]:
         """Config fields that make the layout."""
-        mesh = {f"mesh.{name}": getattr(self.cfg.mesh, name) for name in MESH_AXES}
         return {
-            **mesh,
+            **mesh_overrides(self.cfg.mesh),
             "model.remat": self.cfg.model.remat,
             "train.microbatches": self.cfg.train.microbatches,
         }
@@ -118,10 +118,14 @@ def ranking_table(compiled: Sequence[Candidate], estimated: Sequence[Candidate],
     return table
 
 
-def flags(overrides: dict[str, int | str]) -> str:
-    """The overrides as flags of the command line.
+def flags(overrides: Mapping[str, Any]) -> str:
+    """The overrides as flags of the command line, for a shell.
 
-    >>> flags({"mesh.fsdp": 64, "model.remat": "full"})
-    '--config.mesh.fsdp=64 --config.model.remat=full'
+    >>> flags({"mesh.fsdp": 64, "mesh.rules": (("embed", "data fsdp"),)})
+    '--config.mesh.fsdp=64 \'--config.mesh.rules=(("embed", "data fsdp"),)\''
     """
-    return " ".join(f"--config.{name}={value}" for name, value in overrides.items())
+
+    def text(value: Any) -> str:
+        return repr(value).replace("'", '"') if isinstance(value, tuple) else str(value)
+
+    return " ".join(shlex.quote(f"--config.{name}={text(value)}") for name, value in overrides.items())

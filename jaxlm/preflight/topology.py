@@ -1,7 +1,8 @@
 """Hardware that need not be there: its devices, where they stand, and a mesh of them.
 
 libtpu compiles for any TPU topology without a TPU. It is an extra, loaded here and nowhere else, and told
-first not to look for a metadata server and not to lock itself (two preflights may run at once).
+first not to look for a metadata server and not to lock itself (two preflights may run at once). The CUDA
+plugin, another extra, does the same for GPUs that are described to it (`gpu.py`).
 """
 
 import contextlib
@@ -25,9 +26,11 @@ from jaxtyping import Int
 from jaxlm.chips import CHIPS, Chip
 from jaxlm.config import RunConfig
 from jaxlm.errors import UserError, check, nearest
+from jaxlm.preflight import gpu
 from jaxlm.sharding import MeshConfig, make_mesh
 
 TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
+GPUS = tuple(gpu.KINDS)
 _ALIASES = {"v7x": "tpu7x"}
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -44,9 +47,9 @@ class Topology:
     """What a preflight compiles for."""
 
     name: str  # as the user wrote it, 'v5p:8x8x8'
-    platform: str  # tpu | cpu
+    platform: str  # tpu | gpu | cpu
     chip: Chip | None  # None on a CPU
-    shape: tuple[int, ...]  # chips of a slice in each dimension
+    shape: tuple[int, ...]  # chips of a slice in each dimension; of GPUs, those of a host
     slices: int
 
     @property
@@ -64,7 +67,7 @@ class Topology:
 
 
 def parse_topology(text: str, slices: int = 1) -> Topology:
-    """`v5p:8x8x8`, `v6e:16x16`, `tpu7x:4x4x4`, or `cpu:8` for emulated devices.
+    """`v5p:8x8x8`, `v6e:16x16`, `tpu7x:4x4x4`, `h100:8`, or `cpu:8` for emulated devices.
 
     >>> parse_topology("v5e:16x16", slices=2).num_devices
     512
@@ -74,47 +77,58 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
     """
     kind, _, dims = text.partition(":")
     kind = _ALIASES.get(kind, kind)
-    names = (*TPUS, "cpu")
+    names = (*TPUS, *GPUS, "cpu")
     check(
         kind in names, f"--topology={text}: {kind!r} is not one of {', '.join(names)}{nearest(kind, names)}"
     )
     check(slices >= 1, f"--slices={slices} must be at least 1")
     chip = None if kind == "cpu" else CHIPS[{"tpu7x": "v7x"}.get(kind, kind)]
     rank = chip.network.dims if chip else 1
-    example = {1: "cpu:8", 2: f"{kind}:8x8", 3: f"{kind}:4x4x4"}[rank]
+    example = {1: f"{kind}:8", 2: f"{kind}:8x8", 3: f"{kind}:4x4x4"}[rank]
     check(
         re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", dims) is not None and dims.count("x") + 1 == rank,
-        f"--topology={text}: {kind} is wired in {rank} dimension{'s' * (rank > 1)}, write it like {example}",
+        f"--topology={text}: {kind} is wired in {rank} dimension{'s' * (rank > 1)}, write it like {example}"
+        + " (hosts are --slices)" * (kind in GPUS),
     )
     shape = tuple(int(n) for n in dims.split("x"))
     if chip is None:
         check(shape[0] % slices == 0, f"--slices={slices} does not divide the devices of --topology={text}")
         return Topology(text, "cpu", None, (shape[0] // slices,), slices)
-    return Topology(f"{kind}:{dims}", "tpu", chip, shape, slices)
+    return Topology(f"{kind}:{dims}", "gpu" if kind in GPUS else "tpu", chip, shape, slices)
 
 
 def versions(topology: Topology) -> dict[str, str]:
     """Versions of what compiles."""
     out = {"jax": jax.__version__}
-    if topology.platform == "tpu":
-        _need_libtpu(topology)
-        out["libtpu"] = importlib.metadata.version("libtpu")
+    if topology.platform != "cpu":
+        _, package, _ = _need_compiler(topology)
+        out[package] = importlib.metadata.version(package)
     return out
 
 
-def _need_libtpu(topology: Topology) -> None:
-    if importlib.util.find_spec("libtpu") is None:
+# Platform -> (module, its package, the extra that brings it).
+_COMPILERS = {
+    "tpu": ("libtpu", "libtpu", "preflight"),
+    "gpu": ("jax_cuda12_plugin", "jax-cuda12-plugin", "cuda"),
+}
+
+
+def _need_compiler(topology: Topology) -> tuple[str, str, str]:
+    """What compiles for the topology; refused if it is not installed."""
+    module, package, extra = _COMPILERS[topology.platform]
+    if importlib.util.find_spec(module) is None:
         raise UserError(
-            f"--topology={topology.name} needs the TPU compiler, which runs without a TPU: "
-            "pip install 'jaxlm[preflight]'"
+            f"--topology={topology.name} needs the {topology.platform.upper()} compiler, which runs without "
+            f"one: pip install 'jaxlm[{extra}]'"
         )
+    return module, package, extra
 
 
 def devices(topology: Topology) -> list[Any]:
     """The JAX devices of a topology, slice by slice.
 
     Raises:
-        UserError: no libtpu, a shape that the compiler does not know, too few emulated devices.
+        UserError: no compiler, a shape that it does not know, too few emulated devices.
     """
     if topology.platform == "cpu":
         if jax.config.jax_num_cpu_devices < topology.num_devices:
@@ -126,15 +140,20 @@ def devices(topology: Topology) -> list[Any]:
             f"--topology={topology.name}: this process has {len(found)} CPU devices already",
         )
         return list(found[: topology.num_devices])
-    _need_libtpu(topology)
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    options = {"chip_config_name": "megacore"} if topology.name.startswith("v4") else {}
-    if topology.slices > 1:
-        options["num_slices"] = topology.slices
+    _need_compiler(topology)
+    options: dict[str, Any] = {"platform": "tpu", "topology_name": topology.name}
+    if topology.platform == "gpu":
+        name, count = topology.name.partition(":")[0], topology.shape[0]
+        options = {"platform": "cuda", "topology": f"{topology.slices}x1x{count}"}
+        options |= {"target_config": gpu.target_config(name)}
+    else:
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        options |= {"chip_config_name": "megacore"} if topology.name.startswith("v4") else {}
+        options |= {"num_slices": topology.slices} if topology.slices > 1 else {}
     try:
         with captured_stderr():
-            made = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options)
+            made = topologies.get_topology_desc(**options)
     except jax.errors.JaxRuntimeError as error:
         raise UserError(
             f"--topology={topology}: the compiler refuses it ({str(error).splitlines()[0]})"
@@ -187,7 +206,7 @@ def positions(
 ) -> tuple[Int[np.ndarray, " devices"], Int[np.ndarray, "devices dims"]]:
     """`(slice, coordinates)` of every place of the flattened mesh."""
     flat = list(mesh.devices.flat)
-    if topology.platform == "cpu":
+    if topology.platform != "tpu":
         order = {device: i for i, device in enumerate(sorted(flat, key=lambda d: d.id))}
         place = np.asarray([order[device] for device in flat])
         return place // topology.shape[0], (place % topology.shape[0])[:, None]

@@ -26,11 +26,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm.model.backends import executed_keys, keeps_scores
+from jaxlm.model.backends import keeps_scores
 from jaxlm.model.config import encoder_of
 from jaxlm.model.layers import ACTIVATIONS
 from jaxlm.model.transformer import AXES, TransformerConfig, abstract_params, init_cache
-from jaxlm.sharding import Layout, tree_shardings
+from jaxlm.scaling.working_set import head_bytes, layer_bytes, mlp_width, score_keys
+from jaxlm.sharding import RULES, Layout, tree_shardings
 from jaxlm.tree import named_leaves, nbytes
 
 # What a leaf does with a token, by the last component of its name: a product (2 FLOPs per weight) or not.
@@ -165,17 +166,10 @@ def _body_flops(cfg: TransformerConfig, seq_len: int, input_len: int) -> float:
     return 2.0 * products
 
 
-def _executed_keys(cfg: TransformerConfig, kind: str, seq_len: int) -> float:
-    """Keys per query whose scores a layer of that kind computes."""
-    window = cfg.attention.window if kind == "local" else 0
-    tiles = (cfg.attention.tile_q, cfg.attention.tile_k)
-    return executed_keys(cfg.attention.backend, seq_len, causal=cfg.causal, window=window, tiles=tiles)
-
-
 def _score_flops(cfg: TransformerConfig, seq_len: int, executed: bool, input_len: int = 0) -> float:
     """FLOPs per token of q k^T and probabilities times v, all layers."""
     keys = [
-        _executed_keys(cfg, kind, seq_len)
+        score_keys(cfg, kind, seq_len)
         if executed
         else mean_keys(seq_len, window=cfg.attention.window if kind == "local" else 0, causal=cfg.causal)
         for kind, _ in cfg.layer_kinds
@@ -319,16 +313,28 @@ class Memory:
     """Bytes per device of a training step, estimated; `kv_cache` is generation's and not in the total."""
 
     params: int
-    grads: int
+    grads: int  # the gradient, and with several microbatches its fp32 sum
     opt_state: int
-    activations: int
+    activations: int  # kept for the backward pass, all layers
+    casts: int  # the blocks' weights in the compute dtype, as stored
+    layer: int  # one layer in the middle of its backward pass
+    head_grad: int  # gradient of the unembedding, whole
     logits: int
+    head: int  # what else the loss needs: the gathered unembedding, hidden states
+    update: int
     kv_cache: int
 
     @property
+    def state(self) -> int:
+        """What outlives the step."""
+        return self.params + self.opt_state
+
+    @property
     def total(self) -> int:
-        """Peak of a training step: all but the cache."""
-        return self.params + self.grads + self.opt_state + self.activations + self.logits
+        """Peak of a training step: the state, and the fullest of loss, backward pass and update."""
+        held = self.activations + self.casts + self.head_grad
+        loss = held + self.logits + self.head + max(0, self.grads - self.params)
+        return self.state + max(loss, held + self.grads + self.layer, self.grads + self.update)
 
     def to_dict(self) -> dict[str, int]:
         """Plain numbers, for `result.json`."""
@@ -352,20 +358,18 @@ def memory(
     Parameters, gradients, optimizer state and cache are exact sums over leaves. Activations are those kept
     for the backward pass, in bytes per layer and token:
 
-        none     s (d D + (2 N + 2 K) H / t + a F / t + 2 k D) + 12 n D + 8 S N / t
-        minimal  s (e D + (N + 2 K) H / t + m F / t + k D)       and `none` of one period of layers
-        full     s D / layers of a period                        and `none` of one period of layers
+        none     s (d D / r + (2 N + 2 K) H / t + a F / t + 2 k D) + 12 n D / r + 8 S N / t
+        minimal  s (e D / r + (N + 2 K) H / t + m F / t + k D)
+        full     s D / r / layers of a period
 
-    with s the bytes of the compute dtype, t the ways that heads and MLP are split, F the MLP width that a
-    token passes through, a = 4 and m = 1 (gated: 6 and 2), d = 2 (parallel block: 1), e = d (3 where a norm
-    follows the branch), n norms (2; sandwich 4, parallel 1), k chosen experts (0 if dense), and S keys
-    that a query's scores are computed for; with latent attention, its own widths of heads and the narrow
-    vectors besides. Norms and probabilities are kept in fp32, the latter twice by a
-    backend that writes them out; a kernel keeps (s H + 4) N / t in their place, under `minimal` too. ReLU
-    keeps less.
-
-    Logits and their gradient are 8 bytes x tokens x V / t. Not in it: gradients that flow between layers, and
-    what the compiler adds or fuses away; the `memory_analysis` of the compiled step has the last word.
+    with s the bytes of the compute dtype, t the ways that heads and MLP are split and r those of the stream
+    between blocks, F the MLP width that a token passes through, a = 4 and m = 1 (gated: 6 and 2), d = 2
+    (parallel block: 1), e = d (3 where a norm follows the branch), n norms (2; sandwich 4, parallel 1), k
+    chosen experts (0 if dense), and S keys that a query's scores are computed for; with latent attention, its
+    own widths of heads and the narrow vectors besides. Norms and probabilities are kept in fp32, the latter
+    twice by a backend that writes them out; a kernel keeps (s H + 4) N / t in their place, under `minimal`
+    too. ReLU keeps less. The rest is `scaling.working_set`, where the layers of a period count together if
+    they are rematerialised together; the `memory_analysis` of the compiled step has the last word.
 
     Args:
         cfg: the model.
@@ -387,13 +391,26 @@ def memory(
         optimizer = 8 * elements
     else:
         optimizer = sum(count * itemsize for count, itemsize in _sizes(opt_state, None))
-    shards = {
-        axis: 1 if layout is None else layout.shards(axis)
-        for axis in ("batch", "length", "heads", "kv_heads", "mlp", "vocab")
-    }
+    shards = {axis: 1 if layout is None else layout.shards(axis) for axis in RULES}
     rows = math.ceil(batch_size / (microbatches * shards["batch"]))
     tokens = rows * math.ceil(seq_len / shards["length"])
-    logits = 8 * min(logit_tokens or tokens, tokens) * cfg.vocab_size // shards["vocab"]
+    summed = "float32" if layout is None else layout.reduce_dtype
+    moved = layout is not None and shards["embed"] > 1
+    where = dict(tokens=tokens, shards=shards)
+    layers = {
+        kind: layer_bytes(cfg, kind, seq_len=seq_len, moved=moved, wire=np.dtype(summed).itemsize, **where)
+        for kind in set(cfg.layer_kinds)
+    }
+    period = cfg.layer_kinds[cfg.first_dense : cfg.first_dense + cfg.period] if cfg.remat != "none" else ()
+    fullest = max([*layers.values(), sum(layers[kind] for kind in period)])
+    logit_tokens = min(logit_tokens or tokens, tokens)
+    head_grad, logits, head = head_bytes(cfg, logit_tokens=logit_tokens, **where)
+    narrow = np.dtype(cfg.dtype).itemsize
+    cast = [
+        count * narrow * (narrow < itemsize)
+        for (name, _), (count, itemsize) in zip(named_leaves(params), split, strict=True)
+        if name.split("/")[0] not in ("embed", "head")
+    ]
     input_len = input_len or seq_len
     held_rows = math.ceil(batch_size / shards["batch"])
     cache = jax.eval_shape(lambda: init_cache(cfg, held_rows, seq_len, input_len))
@@ -407,7 +424,12 @@ def memory(
         grads=held + (4 * elements if microbatches > 1 else 0),
         opt_state=optimizer,
         activations=round(kept),
-        logits=logits,
+        casts=sum(cast),
+        layer=round(fullest),
+        head_grad=round(head_grad),
+        logits=round(logits),
+        head=round(head),
+        update=4 * elements,
         kv_cache=nbytes(cache) // (1 if cfg.attention.latent.kv_rank else shards["kv_heads"]),
     )
 
@@ -429,7 +451,7 @@ def _activation_bytes(cfg: TransformerConfig, seq_len: int, shards: Mapping[str,
     """Bytes per token that the layers keep for the backward pass; see `memory`."""
     s = np.dtype(cfg.dtype).itemsize
     D, N, K, H = cfg.model_dim, cfg.attention.num_heads, cfg.attention.kv_heads, cfg.head_dim
-    n, k = N / shards["heads"], K / shards["kv_heads"]
+    n, k, D_r = N / shards["heads"], K / shards["kv_heads"], D * shards["length"] / shards["residual"]
     both, latent = H + cfg.value_dim, cfg.attention.latent
     narrow = latent.q_rank + latent.kv_rank + latent.rope_dim
     gated = ACTIVATIONS[cfg.activation][1]
@@ -437,33 +459,24 @@ def _activation_bytes(cfg: TransformerConfig, seq_len: int, shards: Mapping[str,
     outputs = inputs + (cfg.norm_position != "pre")
     written = keeps_scores(cfg.attention.backend)  # else a result and an fp32 logsumexp a query
 
-    def widths(kind: str) -> tuple[float, int]:
-        """(MLP width, rows sent to experts) of a token."""
-        if kind == "dense":
-            return cfg.mlp_width / shards["mlp"], 0
-        expert = cfg.moe.expert_dim or cfg.mlp_width
-        shared = cfg.moe.shared_dim if cfg.moe.shared_experts else 0
-        width = expert * cfg.moe.top_k + (shared or expert * cfg.moe.shared_experts)
-        return width / shards["mlp"], cfg.moe.top_k
-
     def whole(kind: tuple[str, str]) -> float:
-        width, sent = widths(kind[1])
-        kept = (inputs + 2 * sent) * D + (n + k) * both + 2 * narrow + (6 if gated else 4) * width
-        scores = 8 * _executed_keys(cfg, kind[0], seq_len) if written else s * H + 4
-        return s * kept + 12 * (norms * D + latent.q_rank + latent.kv_rank) + scores * n
+        width, sent = mlp_width(cfg, kind[1], shards)
+        kept = inputs * D_r + 2 * sent * D + (n + k) * both + 2 * narrow + (6 if gated else 4) * width
+        scores = 8 * score_keys(cfg, kind[0], seq_len) if written else s * H + 4
+        return s * kept + 12 * (norms * D_r + latent.q_rank + latent.kv_rank) + scores * n
 
     def products(kind: tuple[str, str]) -> float:
-        width, sent = widths(kind[1])
+        width, sent = mlp_width(cfg, kind[1], shards)
         attended = 0 if written else (s * H + 4) * n
         heads = n * H + k * both + narrow
-        return s * ((outputs + sent) * D + heads + (2 if gated else 1) * width) + attended
+        return s * (outputs * D_r + sent * D + heads + (2 if gated else 1) * width) + attended
 
-    kinds, P, first = cfg.layer_kinds, cfg.period, cfg.first_dense
+    kinds, P = cfg.layer_kinds, cfg.period
     if cfg.remat == "none":
         return sum(map(whole, kinds))
     units = cfg.num_layers - cfg.repeats * (P - 1)  # a layer beside the stack is a unit of its own
-    kept = {"minimal": sum(map(products, kinds)), "full": units * s * D}.get(cfg.remat, 0)  # else on the host
-    return kept + sum(map(whole, kinds[first : first + P]))
+    kept = {"minimal": sum(map(products, kinds)), "full": units * s * D_r}
+    return kept.get(cfg.remat, 0)  # else on the host
 
 
 def _cross_bytes(cfg: TransformerConfig, input_len: int, shards: Mapping[str, int]) -> float:

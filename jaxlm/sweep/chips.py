@@ -1,7 +1,8 @@
 """How long a run will take: on a named chip by its data sheet, on this machine by a short measurement.
 
-Both are estimates for planning. A chip's is the longer of two times: exact training FLOPs at an assumed share
-(MFU) of its bf16 peak, and the traffic of parameters, gradients and optimizer state at its memory bandwidth.
+Both are estimates for planning. A chip's is the longest of three times: exact training FLOPs at an assumed
+share (MFU) of its bf16 peak, the traffic of parameters, gradients and optimizer state at its memory
+bandwidth, and what several chips send each other over their links.
 This machine's is measured: a few training steps of the smallest and the largest model of the plan that are
 not too large to be timed here, interpolated in between.
 """
@@ -30,7 +31,9 @@ from jaxlm.train.programs import numbers_of, programs
 from jaxlm.train.rundir import write_json
 
 
-def chip_seconds(chip: Chip, devices: int, mfu: float, *, flops: float, steps: int, memory: Memory) -> float:
+def chip_seconds(
+    chip: Chip, devices: int, mfu: float, *, flops: float, steps: int, memory: Memory, sending: float = 0.0
+) -> float:
     """Seconds of training on that many devices; compilation, evaluation and checkpoints are not in it.
 
     Args:
@@ -41,10 +44,11 @@ def chip_seconds(chip: Chip, devices: int, mfu: float, *, flops: float, steps: i
         steps: updates.
         memory: bytes per device of a step, of which parameters, gradients and optimizer state are read and
             written once a step.
+        sending: seconds of a step's collectives, as `preflight.planner.estimate` has them.
     """
     compute = flops / (devices * chip.peak / chip.devices * (mfu or chip.mfu))
     traffic = 2 * (memory.params + memory.grads + memory.opt_state)
-    return max(compute, steps * traffic / (chip.bandwidth / chip.devices))
+    return max(compute, steps * traffic / (chip.bandwidth / chip.devices), steps * sending)
 
 
 # ----------------------------------------------------------------------------------------------- this machine

@@ -22,6 +22,7 @@ from jaxlm.data.shards import INDEX
 from jaxlm.data.tokenizer import check_vocabulary, load_tokenizer
 from jaxlm.errors import UserError, check
 from jaxlm.optim import make_schedule
+from jaxlm.preflight.planner import choose_mesh, describe_mesh, estimate, resolve_here, resolve_mesh
 from jaxlm.scaling import record
 from jaxlm.scaling.counting import count
 from jaxlm.sweep import chips
@@ -133,15 +134,18 @@ def make_plan(
         )
         make_schedule(cfg.optim, cfg.train.num_steps, cfg.data.batch_size * cfg.data.seq_len)
     devices = hardware.count * hardware.chip.devices if hardware.chip else None
-    needs = {key: plan_run(_probe(d.config), num_devices=devices) for key, d in _shapes(drafts)}
+    probes = {key: _probe(d.config, hardware) for key, d in _shapes(drafts)}
+    needs = {key: plan_run(probe, num_devices=devices) for key, probe in probes.items()}
     with _datasets(drafts, store.folder, dry_run) as datasets:
         epochs, unique, held_out = zip(*[_epochs(d.config, datasets) for d in drafts], strict=True)
         _check_epochs(drafts, epochs, unique, grid.allow_epochs)
         seconds = _clock(drafts, hardware, store.folder, dry_run)
+    sending = {key: _sending(probe, hardware) for key, probe in probes.items()}
     cells = []
     for i, draft in enumerate(drafts):
         cfg, counts = draft.config, count(draft.config.model, draft.config.data.seq_len)
-        steps, need = cfg.train.num_steps, needs[_shape_key(cfg)]
+        key, steps = _shape_key(cfg), cfg.train.num_steps
+        need = needs[key]
         tokens = steps * cfg.data.batch_size * cfg.data.seq_len
         cell = Cell(
             id=draft.id,
@@ -160,8 +164,8 @@ def make_plan(
             epochs=epochs[i],
             memory_bytes=need.memory.total,
         )
-        took = seconds(need, cell.own_flops, steps - cell.branch_step, held_out[i])
-        warnings = tuple(_warnings(cell, need, hardware))
+        took = seconds(need, cell.own_flops, steps - cell.branch_step, held_out[i], sending[key])
+        warnings = tuple(_warnings(cell, probes[key], need, hardware))
         cells.append(dataclasses.replace(cell, seconds=took, warnings=warnings))
     sha256 = _plan_hash(config, [cell.id for cell in cells])
     return Plan(name, config, sha256, tuple(cells), tuple(_notes(config, cells)))
@@ -199,9 +203,23 @@ def _shapes(drafts: Sequence[Draft]) -> list[tuple[str, Draft]]:
     return list({_shape_key(d.config): d for d in reversed(drafts)}.items())
 
 
-def _probe(cfg: RunConfig) -> RunConfig:
-    """The run without its schedule: what `train.run.plan` says of memory holds for all of one shape."""
-    return dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, warmup=0.0, cooldown=0.0))
+def _probe(cfg: RunConfig, hardware: Hardware) -> RunConfig:
+    """The run without its schedule: what `train.run.plan` says of memory holds for all of one shape.
+
+    A mesh that is left to us is chosen for the hardware.
+    """
+    cfg = dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, warmup=0.0, cooldown=0.0))
+    if (chip := hardware.chip) is None:
+        return resolve_here(cfg)
+    return resolve_mesh(cfg, chip.kind, hardware.count * chip.devices)
+
+
+def _sending(cfg: RunConfig, hardware: Hardware) -> float:
+    """Seconds that a step's collectives take on the chips of one run; 0 where links have no numbers."""
+    chip = hardware.chip
+    if chip is None or chip.network is None or hardware.count * chip.devices == 1:
+        return 0.0
+    return estimate(cfg, chip, hardware.count * chip.devices).links
 
 
 # ------------------------------------------------------------------------------------------------ its data
@@ -264,19 +282,19 @@ def _check_epochs(
 
 
 def _clock(drafts: Sequence[Draft], hardware: Hardware, workdir: Path, dry_run: bool) -> Callable[..., float]:
-    """(need, own FLOPs, own steps, eval tokens) -> estimated seconds, 0 = not known."""
+    """(need, own FLOPs, own steps, eval tokens, seconds of a step's sending) -> seconds, 0 = not known."""
     if hardware.gflops:
-        return lambda need, flops, steps, held_out: flops / (hardware.gflops * 1e9)
+        return lambda need, flops, steps, held_out, sending: flops / (hardware.gflops * 1e9)
     if (chip := hardware.chip) is not None:
-        return lambda need, flops, steps, held_out: chips.chip_seconds(
-            chip, _devices(need), hardware.mfu, flops=flops, steps=steps, memory=need.memory
+        return lambda need, flops, steps, held_out, sending: chips.chip_seconds(
+            chip, _devices(need), hardware.mfu, flops=flops, steps=steps, memory=need.memory, sending=sending
         )
     timings: list[chips.Timing] = []
     if hardware.measure:
         path = None if dry_run else workdir / "calibration.json"
         timings = chips.calibrate([draft.config for draft in drafts], path)
 
-    def measured(need: Need, flops: float, steps: int, held_out: int) -> float:
+    def measured(need: Need, flops: float, steps: int, held_out: int, sending: float) -> float:
         sizes = dict(flops_per_token=need.counts.flops_train, flops=flops, eval_tokens=held_out)
         return chips.run_seconds(timings, **sizes) if timings else 0.0
 
@@ -291,7 +309,7 @@ def _devices(need: Need) -> int:
 # -------------------------------------------------------------------------------------- what to be warned of
 
 
-def _warnings(cell: Cell, need: Need, hardware: Hardware) -> Iterator[str]:
+def _warnings(cell: Cell, probe: RunConfig, need: Need, hardware: Hardware) -> Iterator[str]:
     """What is known to bend a scaling law, and what will not run."""
     cfg, optim, batch = cell.config, cell.config.optim, cell.config.data.batch_size * cell.config.data.seq_len
     unit = {"steps": 1.0, "tokens": 1.0 / batch, "fraction": float(cell.steps)}[optim.warmup_unit]
@@ -310,12 +328,24 @@ def _warnings(cell: Cell, need: Need, hardware: Hardware) -> Iterator[str]:
     if cell.epochs > 1:
         yield f"{cell.epochs:.2f} epochs: no point of a single-epoch law"
     if (chip := hardware.chip) is not None:
-        needed, room = need.memory.total, chip.memory / chip.devices
-        if needed > room:
-            shortage = f"needs {needed / 1e9:.1f} GB a device, which has {room / 1e9:.0f} GB"
-            yield f"{shortage}: raise --num_chips and mesh.fsdp, or set model.remat"
+        needed = need.memory.total
+        if needed > chip.limit:
+            shortage = f"needs {needed / 1e9:.1f} GB a device, which has {chip.limit / 1e9:.0f} GB"
+            yield f"{shortage}: {_remedy(probe, hardware)}"
         if _devices(need) < hardware.count * chip.devices:
             yield f"the mesh takes {_devices(need)} of {hardware.count * chip.devices} devices: the rest idle"
+
+
+def _remedy(cfg: RunConfig, hardware: Hardware) -> str:
+    """What makes a run fit on its chips, or that they are too few."""
+    chip, generic = hardware.chip, "raise --num_chips and mesh.fsdp, or set model.remat"
+    if chip.network is None or hardware.count * chip.devices == 1:
+        return generic
+    try:
+        mesh = choose_mesh(cfg, chip, hardware.count * chip.devices)
+    except UserError:
+        return f"no mesh of {hardware.count} chips holds it; {generic}"
+    return f"a mesh that holds it: {describe_mesh(mesh)}"
 
 
 def _notes(config: SweepConfig, cells: Sequence[Cell]) -> Iterator[str]:

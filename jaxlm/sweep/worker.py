@@ -25,6 +25,7 @@ from typing import Any
 
 from jaxlm.config import config_hash
 from jaxlm.errors import UserError, check
+from jaxlm.preflight.planner import resolve_here
 from jaxlm.sweep.claims import Claim, ClaimLost, Claims, Seen, this_process
 from jaxlm.sweep.groups import group_key, saved_step
 from jaxlm.sweep.plan import Cell
@@ -255,7 +256,7 @@ class Worker:
                 pairs = [(cell.config, path) for cell, path in zip(cells, paths, strict=True)]
                 results = train_group(pairs, self.store.folder / GROUPS, stop=stop, bar=False)
             else:
-                results = [train(cells[0].config, paths[0], bar=False, stop=stop)]
+                results = [train(resolve_here(cells[0].config), paths[0], bar=False, stop=stop)]
         return [
             (r.status, r.reason, {"steps": r.steps, "compilation": _brief(r.compilation)}) for r in results
         ]

@@ -4,6 +4,8 @@ import dataclasses
 import importlib.util
 import json
 import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -159,6 +161,7 @@ def test_bad_input_is_refused():
         ("v5e:4x4x4", "wired in 2 dimensions"),
         ("v5p:4x0x4", "write it like"),
         ("v6e", "write it like v6e:8x8"),
+        ("h100:2x8", r"write it like h100:8 \(hosts are --slices\)"),
     ]:
         with pytest.raises(UserError, match=message):
             parse_topology(text)
@@ -176,6 +179,11 @@ def test_without_libtpu_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'jaxlm\[preflight\]'"):
         topology.devices(parse_topology("v5e:2x2"))
+
+
+def test_gpus_of_several_hosts():
+    hosts = parse_topology("h200:8", slices=4)
+    assert (hosts.platform, hosts.num_devices, hosts.chip.kind) == ("gpu", 32, "NVIDIA H200")
 
 
 # -------------------------------------------------------------------------------------------------- judgement
@@ -288,6 +296,28 @@ def test_a_tpu_step_gathers_and_scatters_in_compute_and_parameter_dtype(tmp_path
 
 @pytest.mark.slow
 @needs_libtpu
+def test_two_preflights_at_once(tmp_path):
+    """libtpu locks itself unless told not to; both processes load it, compile and share a cache."""
+    flags = [
+        "--config=experiments/quickstart.py:smoke",
+        "--topology=v5e:2x2",
+        f"--cache={tmp_path}",
+        "--json",
+    ]
+    sizes = ["--config.data.seq_len=128", "--config.data.batch_size=4"]
+    command = [sys.executable, "-m", "jaxlm", "preflight", *flags, *sizes]
+    both = [
+        subprocess.Popen([*command, f"--config.model.num_layers={n}"], stdout=subprocess.PIPE, text=True)
+        for n in (1, 2)
+    ]
+    trees = [json.loads(each.communicate(timeout=600)[0]) for each in both]
+    assert [each.returncode for each in both] == [0, 0]
+    assert trees[0]["facts"]["state"]["params"] < trees[1]["facts"]["state"]["params"]
+    assert len(list(tmp_path.glob("*.json"))) == 2
+
+
+@pytest.mark.slow
+@needs_libtpu
 def test_what_does_not_fit_says_by_how_much(tmp_path, capsys):
     flags = [
         "--config=experiments/llama_8b.py",
@@ -300,3 +330,23 @@ def test_what_does_not_fit_says_by_how_much(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "DOES NOT FIT by" in shown
     assert "MISSING" in shown
+
+
+# ------------------------------------------------------------------------------------------------------- GPUs
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda12_plugin") is None,
+    reason="the CUDA plugin is not installed: pip install 'jaxlm[cuda]'",
+)
+def test_a_gpu_step_is_compiled_without_one(tmp_path):
+    model = dict(vocab_size=1024, num_layers=3, model_dim=512, mlp_dim=512, dtype="bfloat16")
+    model |= dict(attention=dict(num_heads=4, num_kv_heads=4, backend="cudnn"))
+    hardware = parse_topology("h100:4", slices=2)
+    facts, _ = facts_of(run(dict(data=2, fsdp=4), model, seq_len=128), hardware, tmp_path)
+    assert facts.shortage is None
+    assert facts.memory.temporaries > 0
+    assert {"all-gather", "reduce-scatter"} <= {row.kind for row in facts.collectives}
+    assert all("data" in row.axes.split() for row in facts.collectives if row.dcn)
+    assert any(row.dcn for row in facts.collectives)
