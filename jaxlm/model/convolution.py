@@ -64,7 +64,7 @@ def after_layer(
         layout is None or layout.stages == 1,
         f"model.convolution.width={cfg.width} stands beside the first layer of one stack; use mesh.pipe=1",
     )
-    own = lay_out(params["convolution"], AXES, dtype)
+    own = lay_out({"convolution": params["convolution"]}, AXES, dtype)["convolution"]
     beside_BTD = convolved(cfg, own, x_BTD, segments_BT, dtype=dtype, accum=accum)
     scale = {"params": params.get("convolution_norm", {})}
     return lambda x_BTD, index: jnp.where(index == 0, norm.apply(scale, x_BTD + beside_BTD), x_BTD)

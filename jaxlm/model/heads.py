@@ -146,7 +146,7 @@ def pool(
     """
     x_BUD = taken(cfg.readout.of, hidden_BTD, segments_BT)
     if cfg.readout.dense:
-        x_BUD = dense(cfg, lay_out(params["pooler"], AXES, cfg.dtype), x_BUD)
+        x_BUD = dense(cfg, lay_out({"pooler": params["pooler"]}, AXES, cfg.dtype)["pooler"], x_BUD)
         x_BUD = ACTIVATIONS[cfg.readout.dense][0](x_BUD)
     return x_BUD
 
@@ -175,7 +175,7 @@ def class_logits(
     """
     check(cfg.readout.classes > 0, "model.readout.classes=0: this model has no classes to predict")
     x_BUD = dropout(pool(cfg, params, hidden_BTD, segments_BT), cfg.dropout, key)
-    w = lay_out(params["classifier"], AXES, cfg.dtype)
+    w = lay_out({"classifier": params["classifier"]}, AXES, cfg.dtype)["classifier"]
     dtypes = dict(dtype=cfg.dtype, accum=cfg.accum_dtype, result="float32")
     logits_BUC = matmul("BTD,DC->BTC", x_BUD, w["w"], out=("batch", "length", None), **dtypes)
     logits_BUC = logits_BUC * rules(cfg)["head"].output

@@ -297,7 +297,8 @@ def embed(
     if cfg.embed_norm:
         x_BTD = _norm(cfg).apply({"params": params.get("embed_norm", {})}, x_BTD)
     if cfg.embed_dim:
-        x_BTD = heads.dense(cfg, lay_out(params["projection"], AXES, cfg.dtype), x_BTD)
+        projection = lay_out({"projection": params["projection"]}, AXES, cfg.dtype)["projection"]
+        x_BTD = heads.dense(cfg, projection, x_BTD)
     return constrain(x_BTD, *STREAM)
 
 

@@ -11,10 +11,12 @@ import pytest
 from jaxlm.errors import UserError
 from jaxlm.model import heads, transformer
 from jaxlm.model.attention import AttentionConfig
+from jaxlm.model.axes import AXES
 from jaxlm.model.config import ReadoutConfig, TransformerConfig
 from jaxlm.model.convolution import ConvolutionConfig, convolved
 from jaxlm.model.disentangled import DisentangledConfig, disentangled_scores
 from jaxlm.model.positions import PositionConfig
+from jaxlm.sharding import MeshConfig, make_layout, tree_shardings, use
 from jaxlm.tree import named_leaves
 
 BASE = TransformerConfig(
@@ -147,3 +149,28 @@ def test_a_convolution_joins_the_first_layer_and_keeps_to_its_document():
     assert params["convolution"]["w"].shape == (3, 24, 24)
     without = hidden(dataclasses.replace(model, convolution=ConvolutionConfig()), params)
     assert float(jnp.abs(hidden(model, params) - without).max()) > 1e-3
+
+
+def test_classes_and_a_convolution_on_a_mesh_are_those_of_one_device():
+    cfg = dataclasses.replace(
+        BASE,
+        num_layers=2,
+        model_dim=16,
+        attention=AttentionConfig(num_heads=2, backend="reference"),
+        readout=ReadoutConfig(classes=3, dense="tanh"),
+        convolution=ConvolutionConfig(width=3),
+    )
+    params = transformer.init(cfg, jax.random.key(0))
+    tokens_BT = jax.random.randint(jax.random.key(1), (4, 8), 1, 31)
+
+    def logits(params):
+        hidden_BTD, _, _ = transformer.apply(cfg, params, tokens_BT)
+        return heads.class_logits(cfg, params, hidden_BTD)
+
+    want = jax.jit(logits)(params)
+    layout = make_layout(MeshConfig(data=1, fsdp=4, tensor=2))
+    with use(layout):
+        placed = jax.device_put(params, tree_shardings(layout, params, AXES))
+        assert len(placed["classifier"]["w"].sharding.device_set) == 8
+        assert placed["pooler"]["w"].addressable_shards[0].data.size < placed["pooler"]["w"].size
+        np.testing.assert_allclose(jax.jit(logits)(placed), want, rtol=1e-4, atol=1e-5)
