@@ -154,6 +154,7 @@ def test_a_convolution_joins_the_first_layer_and_keeps_to_its_document():
 def test_classes_and_a_convolution_on_a_mesh_are_those_of_one_device():
     cfg = dataclasses.replace(
         BASE,
+        vocab_size=32,
         num_layers=2,
         model_dim=16,
         attention=AttentionConfig(num_heads=2, backend="reference"),
