@@ -6,6 +6,10 @@ Trains a byte-level transformer on the source code of Python's standard library 
 grid, at each width, under both parametrisations: the same steps on the same batches. The narrowest width is
 the base, where the two are one model. Prints a table and one line of JSON, and writes `mup_transfer.json` and
 `mup_transfer.png`. About 5 minutes on two idle cores.
+
+Last run (experiments/scaling/results/mup/mup_transfer.png): from width 64 to 256 the best rate of the standard
+parametrisation moves by two steps of the grid, 2^-7 to 2^-9, and keeping it costs .26 nats; muP's stays. Both
+end at 1.97 nats per byte.
 """
 
 import argparse
@@ -56,6 +60,7 @@ def make_model(kind: str, width: int, base: int) -> TransformerConfig:
         vocab_size=load_tokenizer("byte").vocab_size,
         num_layers=2,
         model_dim=width,
+        init_std=0.0,  # fan_in ** -0.5: .02 would be small at width 64, and a wide model would learn late
         parametrization=kind,
         base_width=base,
         attention=AttentionConfig(num_heads=width // 16, head_dim=16),
