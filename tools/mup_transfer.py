@@ -7,9 +7,9 @@ grid, at each width, under both parametrisations: the same steps on the same bat
 the base, where the two are one model. Prints a table and one line of JSON, and writes `mup_transfer.json` and
 `mup_transfer.png`. About 5 minutes on two idle cores.
 
-Last run (experiments/scaling/results/mup/mup_transfer.png): from width 64 to 256 the best rate of the standard
-parametrisation moves by two steps of the grid, 2^-7 to 2^-9, and keeping it costs .26 nats; muP's stays. Both
-end at 1.97 nats per byte.
+Last run (experiments/scaling/results/mup/mup_transfer.png): from width 64 to 256 the best rate of the
+standard parametrisation moves by two steps of the grid, 2^-7 to 2^-9, and keeping it costs .26 nats; muP's
+stays. Both end at 1.97 nats per byte.
 """
 
 import argparse
