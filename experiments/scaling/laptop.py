@@ -22,7 +22,7 @@ Last run: budgets up to 3e12 and the library without its tests (12 MB), so a hol
 1.3204 to 1.4031) against 1.3149 measured, 3.7% off. Losses fall faster up to 1e12 than after it, as in
 `markov.py`, and a model of one layer more lies below its neighbours' parabola (272k at 3e12): three budgets
 identify neither E nor the exponents (a .60, 95% .41 to .73). The best learning rate was 4e-3 at both sizes
-that were tuned. Report: results/laptop/report.md. The budget of 1e13 and the hold-out at 4e13 are not run yet.
+that were tuned. Report: results/laptop/report.md. Not run yet: the budget of 1e13, the hold-out at 4e13.
 
 Differs from `smoke.py` in its budgets, in the depth, which grows with the width (D / L = 32), in its seeds
 and in its text: Python's standard library with its tests, 31 MB, so that the smallest model at 1e13 FLOPs
