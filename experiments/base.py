@@ -124,6 +124,7 @@ def get_config(size: str = "full") -> ConfigDict:
     model.position.bias_scale = 1.0  # alibi: multiplies the slopes
     model.position.num_buckets = 32  # t5: rows of the bias table
     model.position.max_distance = 128  # t5: distances from here on share the last bucket
+    model.position.sines = "interleaved"  # sinusoidal: order and range of frequencies, see `sinusoidal`
 
     model.readout.classes = 0  # logits of a linear layer over the hidden states; 0 = none
     model.readout.of = "first"  # first | last | mean: of a row's tokens | each: one by one
@@ -171,6 +172,12 @@ def get_config(size: str = "full") -> ConfigDict:
     model.moe.router_z = 0.001  # coefficient of the router z-loss
     # loss-free balancing: a learned bias per expert that moves selection only
     model.moe.bias_balancing = False
+
+    model.encoder.num_layers = 0  # 0 = the model has no encoder
+    model.encoder.num_heads = 0  # 0 = as many as the decoder's
+    model.encoder.head_dim = 0  # 0 = attention.head_dim, or model_dim over these heads if that is 0 too
+    model.encoder.mlp_dim = 0  # 0 = as wide as the decoder's
+    model.encoder.vocab_size = 0  # of an embedding table of its own; 0 = it reads the decoder's
 
     # What to train on, in which order, and what to evaluate on.
     data = config.data
@@ -255,6 +262,8 @@ def get_config(size: str = "full") -> ConfigDict:
     mesh.reduce_dtype = "float32"  # in which weight gradients are summed over devices: float32 | bfloat16
     mesh.offload = "none"  # in the host's memory: none | optimizer (its state) | all (and layers, gradients)
     mesh.compiler_options = ()  # (name, value) for the compiler of the train step
+    # the command chooses sizes (and `embed`'s rule) for its hardware: --config.mesh=auto
+    mesh.auto = False
 
     # What the loop does and how often; steps count updates of the parameters.
     train = config.train
