@@ -186,6 +186,7 @@ def test_a_prefix_is_seen_both_ways_and_the_rest_backwards_only(folder: Path):
     assert not (predicted * sees_BTS[:, t[:-1], t[1:]]).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["nsp", "denoise", "classification"])
 def test_microbatches_and_meshes_do_not_show(folder: Path, name: str):
     """Labels that a row lacks and masks of any number: all of it sums."""
