@@ -61,6 +61,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         ),
     ),
     "llama-yarn": ("llama", SIZES | dict(rope_parameters=YARN)),
+    "llama-longrope": (
+        "llama",
+        SIZES
+        | dict(
+            rope_parameters=dict(
+                rope_type="longrope",
+                rope_theta=1e4,
+                factor=4.0,
+                short_factor=[1.0 + 0.1 * i for i in range(6)],
+                long_factor=[2.0 + 0.3 * i for i in range(6)],
+                original_max_position_embeddings=8,
+            )
+        ),
+    ),
     "mistral": ("mistral", SIZES | dict(head_dim=24, sliding_window=7)),
     "mixtral": ("mixtral", SIZES | dict(num_local_experts=5, num_experts_per_tok=2, sliding_window=None)),
     "qwen2": ("qwen2", SIZES),
@@ -151,6 +165,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "cohere": ("cohere", SIZES | dict(use_qk_norm=True)),
     "phi": ("phi", SIZES | dict(partial_rotary_factor=0.5)),
+    "phi-qk-norm": ("phi", SIZES | dict(partial_rotary_factor=0.5, qk_layernorm=True)),
     "gpt2": ("gpt2", GPT | dict(n_embd=72, n_layer=3, n_head=6, n_positions=64, n_inner=100)),
     "gpt-neo": (
         "gpt_neo",
