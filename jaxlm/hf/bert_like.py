@@ -3,6 +3,7 @@
 The class that a file names decides what stands on top, see `jaxlm.hf.tops`.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from jaxlm.hf.family import Family, Fields, HFConfig
@@ -82,6 +83,13 @@ def plain_keys(cfg: TransformerConfig) -> dict[str, Any]:
     return {"max_position_embeddings": length, "hidden_act": activation_name(cfg, PLAIN), **top_keys(cfg)}
 
 
+def settled(hf: HFConfig, shapes: Mapping[str, Any]) -> HFConfig:
+    """A bare model's files may have no pooler, and their config.json does not say so."""
+    named = (hf.get("architectures") or [""])[0]
+    lacks = named.endswith("Model") and not any("pooler" in name for name in shapes)
+    return {**hf, "add_pooling_layer": False} if lacks else hf
+
+
 def top_keys(cfg: TransformerConfig) -> dict[str, Any]:
     """What config.json says of what stands on top, beside the class."""
     bare = not (cfg.readout.dense or cfg.readout.classes or cfg.head_transform)
@@ -117,6 +125,7 @@ def _bert_family() -> Family:
         defaults=DEFAULTS,
         prefix="bert.",
         ignored=IGNORED,
+        settle=settled,
         alternatives=PREDICTIONS_BIAS,
         tops=tops,
     )
@@ -135,6 +144,7 @@ def _roberta_family(model_type: str, name: str) -> Family:
         defaults=DEFAULTS,
         prefix="roberta.",
         ignored=IGNORED,
+        settle=settled,
         alternatives=vocabulary_bias("lm_head.bias", "lm_head.decoder.bias"),
         tops=encoder_tops(
             name,

@@ -14,6 +14,7 @@ from jaxlm.hf.bert_like import (
     embedded,
     plain,
     plain_keys,
+    settled,
 )
 from jaxlm.hf.family import Family, Fields, HFConfig, Top, labels
 from jaxlm.hf.fields import PLAIN, activation, activation_name, refuse
@@ -94,6 +95,7 @@ def _albert_family() -> Family:
         },
         prefix="albert.",
         ignored=IGNORED,
+        settle=settled,
         alternatives=vocabulary_bias("predictions.bias", "predictions.decoder.bias"),
         tops=encoder_tops(
             "Albert",

@@ -73,9 +73,6 @@ def load(
     with open_checkpoint(path) as source:
         family = family_of(source.config)
         config = dict(family.settle(source.config, source.shapes))
-        poolable = not family.top.logits and family.top.tensors
-        if poolable and not any("pooler" in name for name in source.shapes):
-            config["add_pooling_layer"] = False  # which files do not say, and their tables have to know
         cfg = dataclasses.replace(
             read_config(family, config), dtype=dtype, param_dtype=param_dtype or source.dtype
         )
