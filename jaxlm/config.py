@@ -24,7 +24,8 @@ from ml_collections import ConfigDict, config_dict
 from jaxlm.data.loader import DataConfig
 from jaxlm.errors import UserError, check, nearest
 from jaxlm.generate.sampling import SampleConfig
-from jaxlm.model.transformer import TransformerConfig
+from jaxlm.model.config import TransformerConfig
+from jaxlm.model.models import ModelConfig
 from jaxlm.objectives.lm import LossConfig
 from jaxlm.optim import OptimConfig
 from jaxlm.sharding import MeshConfig
@@ -94,7 +95,7 @@ class RunConfig:
     """Everything that decides a run. One field per room."""
 
     seed: int = 0  # of parameters and dropout; the order of the data has its own, data.seed
-    model: TransformerConfig = dataclasses.field(default_factory=TransformerConfig)
+    model: ModelConfig = dataclasses.field(default_factory=TransformerConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
@@ -104,9 +105,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check(0 <= self.seed < 2**32, f"seed={self.seed} must be in [0, 2**32)")
+        quant = self.model.quant if isinstance(self.model, TransformerConfig) else "none"
         check(
-            self.model.quant == "none" or self.mesh.reduce_dtype == "float32",
-            f"mesh.reduce_dtype={self.mesh.reduce_dtype!r} with model.quant={self.model.quant!r}: 8-bit "
+            quant == "none" or self.mesh.reduce_dtype == "float32",
+            f"mesh.reduce_dtype={self.mesh.reduce_dtype!r} with model.quant={quant!r}: 8-bit "
             "products sum their gradients in float32",
         )
 
@@ -128,14 +130,16 @@ EXECUTION = frozenset(
 def default_config(cls: type = RunConfig) -> ConfigDict:
     """The defaults of a dataclass and of those inside it, as a ConfigDict.
 
-    A field that may be None or may have several types becomes a placeholder of that type.
+    A field that may be None or may have several types becomes a placeholder of that type; one that may hold
+    several dataclasses becomes the first of them, in whose place the others' may be put:
+    `config.model = default_config(LSTMConfig)`.
     """
     hints = typing.get_type_hints(cls)
     out = ConfigDict()
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
-        if dataclasses.is_dataclass(hint):
-            out[field.name] = default_config(hint)
+        if groups := _groups(hint):
+            out[field.name] = default_config(groups[0])
             continue
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         default = None if default is dataclasses.MISSING else default
@@ -209,8 +213,8 @@ def field_names(cls: type = RunConfig, path: str = "") -> list[str]:
     for field in dataclasses.fields(cls):
         name = f"{path}.{field.name}" if path else field.name
         out.append(name)
-        if dataclasses.is_dataclass(hints[field.name]):
-            out += field_names(hints[field.name], name)
+        for group in _groups(hints[field.name]):
+            out += [inner for inner in field_names(group, name) if inner not in out]
     return out
 
 
@@ -224,12 +228,31 @@ def check_name(name: str, cls: type = RunConfig) -> None:
             close = difflib.get_close_matches(part, names, n=1, cutoff=0.6)
             near = "; did you mean " + repr(".".join([*parts[:i], close[0]])) + "?" if close else ""
             raise UserError(f"config: unknown key {place}{near or _elsewhere(part, names, cls)}")
-        inner = hints[part]
-        if i + 1 < len(parts) and not dataclasses.is_dataclass(inner):
+        inner, groups = hints[part], _groups(hints[part])
+        if i + 1 < len(parts) and not groups:
             raise UserError(
                 f"config: {place} is of type {_type_name(inner)}, it has no field {parts[i + 1]!r}"
             )
-        hints = typing.get_type_hints(inner) if dataclasses.is_dataclass(inner) else {}
+        hints = {}
+        for group in groups:
+            hints = typing.get_type_hints(group) | hints
+
+
+def _groups(hint: Any) -> tuple[type, ...]:
+    """The dataclasses that a field may hold, the default's first; none for a field of plain values."""
+    kinds = typing.get_args(hint) if _is_union(hint) else (hint,)
+    return tuple(kind for kind in kinds if dataclasses.is_dataclass(kind))
+
+
+def _choose_group(value: Any, groups: Sequence[type], path: str) -> type:
+    """Of several dataclasses the one whose `kind` the group of fields names; without a `kind`, the first."""
+    if len(groups) == 1 or not isinstance(value, Mapping | ConfigDict) or "kind" not in value:
+        return groups[0]
+    kinds = {group.kind: group for group in groups if hasattr(group, "kind")}
+    if value["kind"] not in kinds:
+        listed = ", ".join(map(repr, kinds))
+        raise UserError(f"config {path}.kind={value['kind']!r} is not one of {listed}")
+    return kinds[value["kind"]]
 
 
 def _is_union(hint: Any) -> bool:
@@ -242,8 +265,8 @@ def _type_name(hint: Any) -> str:
 
 def _convert(value: Any, hint: Any, path: str) -> Any:
     """`value` as the field's type; integers may stand for floats and lists for tuples, nothing else."""
-    if dataclasses.is_dataclass(hint):
-        return build(value, hint, path)
+    if groups := _groups(hint):
+        return build(value, _choose_group(value, groups, path), path)
     wrong = UserError(f"config {path}: expected {_type_name(hint)}, got {value!r} ({type(value).__name__})")
     if _is_union(hint):
         for kind in typing.get_args(hint):

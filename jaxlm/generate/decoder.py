@@ -8,8 +8,9 @@ from typing import Any
 from jaxtyping import Array
 
 from jaxlm.errors import UserError
-from jaxlm.model import encoder_decoder, transformer
-from jaxlm.model.config import encoder_of
+from jaxlm.model import encoder_decoder
+from jaxlm.model.config import TransformerConfig, encoder_of
+from jaxlm.model.models import ModelConfig, functions
 
 Cache = Any
 
@@ -32,8 +33,8 @@ class Decoder:
     input_vocab_size: int = 0  # of the encoder
 
 
-def decoder(cfg: transformer.TransformerConfig) -> Decoder:
-    """The `Decoder` of a transformer, with or without an encoder.
+def decoder(cfg: ModelConfig) -> Decoder:
+    """The `Decoder` of a model, with or without an encoder.
 
     Experts are dropless here, whatever the dispatch in training: capacity is a share of a padded row, so a
     text would depend on the longest prompt of its batch, and steps of one token never drop anyway.
@@ -43,10 +44,15 @@ def decoder(cfg: transformer.TransformerConfig) -> Decoder:
     """
     if not cfg.causal:
         raise UserError("model.causal=False: only a causal model can generate text")
-    cfg = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, dispatch="dropless"))
+    longest, input_vocab_size = 0, cfg.vocab_size if cfg.has_encoder else 0
+    if isinstance(cfg, TransformerConfig):
+        cfg = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, dispatch="dropless"))
+        longest = cfg.position.max_length if cfg.position.kind == "learned" else 0
+        input_vocab_size = encoder_of(cfg).vocab_size if cfg.has_encoder else 0
+    model = functions(cfg)
 
     def apply(params, tokens_BT, segments_BT, positions_BT, cache, memory=(None, None)):
-        hidden_BTD, cache, _ = transformer.apply(
+        hidden_BTD, cache, _ = model.apply(
             cfg,
             params,
             tokens_BT,
@@ -63,10 +69,10 @@ def decoder(cfg: transformer.TransformerConfig) -> Decoder:
 
     return Decoder(
         apply=apply,
-        unembed=partial(transformer.unembed, cfg),
-        init_cache=partial(transformer.init_cache, cfg),
+        unembed=partial(model.unembed, cfg),
+        init_cache=partial(model.init_cache, cfg),
         vocab_size=cfg.vocab_size,
-        max_length=cfg.position.max_length if cfg.position.kind == "learned" else 0,
+        max_length=longest,
         encode=encode if cfg.has_encoder else None,
-        input_vocab_size=encoder_of(cfg).vocab_size if cfg.has_encoder else 0,
+        input_vocab_size=input_vocab_size,
     )

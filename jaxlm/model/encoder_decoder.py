@@ -2,7 +2,7 @@
 
 Both are stacks of the one transformer. The decoder is the model's own config; `encoder_of` derives the
 encoder's from it, whose parameters stand under `encoder`. They share the embedding table unless
-`encoder.vocab_size` gives the encoder one of its own.
+`encoder.vocab_size` gives the encoder one of its own. A recurrent model brings an encoder of its kind.
 """
 
 import jax
@@ -10,8 +10,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxlm.errors import check
-from jaxlm.model import transformer
+from jaxlm.model import lstm, transformer
 from jaxlm.model.config import TransformerConfig, encoder_of
+from jaxlm.model.models import ModelConfig, functions
+from jaxlm.model.recurrence import LSTMConfig
 from jaxlm.model.transformer import Aux, Params
 from jaxlm.sharding import current
 
@@ -25,7 +27,7 @@ def encoder_params(cfg: TransformerConfig, params: Params) -> Params:
 
 
 def encode(
-    cfg: TransformerConfig,
+    cfg: ModelConfig,
     params: Params,
     inputs_BS: Int[Array, "B S"],
     *,
@@ -53,6 +55,8 @@ def encode(
         f"mesh.pipe={layout and layout.stages}: a model with an encoder is not split into stages; use "
         "mesh.fsdp or mesh.tensor",
     )
+    if isinstance(cfg, LSTMConfig):
+        return lstm.encode(cfg, params, inputs_BS, segments_BS=segments_BS, key=key), {}
     memory_BSD, _, aux = transformer.apply(
         encoder_of(cfg),
         encoder_params(cfg, params),
@@ -65,7 +69,7 @@ def encode(
 
 
 def apply(
-    cfg: TransformerConfig,
+    cfg: ModelConfig,
     params: Params,
     inputs_BS: Int[Array, "B S"],
     tokens_BT: Int[Array, "B T"],
@@ -98,7 +102,7 @@ def apply(
         positions_BS=input_positions_BS,
         key=encoder_key,
     )
-    hidden_BTD, _, aux = transformer.apply(
+    hidden_BTD, _, aux = functions(cfg).apply(
         cfg,
         params,
         tokens_BT,
@@ -111,7 +115,7 @@ def apply(
     return hidden_BTD, _both(cfg, encoder_aux, aux)
 
 
-def _both(cfg: TransformerConfig, encoder_aux: Aux, aux: Aux) -> Aux:
+def _both(cfg: ModelConfig, encoder_aux: Aux, aux: Aux) -> Aux:
     if not aux:
         return encoder_aux
     if not encoder_aux:

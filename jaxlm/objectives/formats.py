@@ -23,6 +23,7 @@ from jaxlm.data.config import FORMATS, DataConfig
 from jaxlm.errors import check
 from jaxlm.model.backends import check_backend
 from jaxlm.model.config import TransformerConfig
+from jaxlm.model.models import ModelConfig
 from jaxlm.objectives.lm import (
     Batch,
     LanguageModel,
@@ -55,19 +56,14 @@ class RowModel(Protocol):
         ...
 
 
-def check_model(model: Any, data: DataConfig) -> None:
+def check_model(model: ModelConfig, data: DataConfig) -> None:
     """Raise `UserError` unless the model can learn, or be scored, from rows of the data's format.
 
     Args:
-        model: a `TransformerConfig`; models of other kinds predict next tokens alone.
+        model: its config; a recurrent one has no readout for labels.
         data: whose format it is.
     """
     name, facts = data.format, data.facts
-    if not isinstance(model, TransformerConfig):
-        check(
-            name == "lm", f"data.format={name!r} needs a transformer; this model predicts next tokens, 'lm'"
-        )
-        return
     with_encoder = [other for other, its in FORMATS.items() if its.encoder]
     check(
         model.has_encoder or not facts.encoder,
@@ -92,6 +88,12 @@ def check_model(model: Any, data: DataConfig) -> None:
             f"data.format={name!r} with model.causal={model.causal}: {reasons[name]}; set "
             f"model.causal={facts.causal}, or choose another data.format",
         )
+    if not isinstance(model, TransformerConfig):
+        check(
+            not facts.labels,
+            f"data.format={name!r} needs a transformer, which has a readout; model.kind is {model.kind!r}",
+        )
+        return
     if name == "prefix_lm":
         check_backend(model.attention.backend, allowed=True)
     if facts.labels:

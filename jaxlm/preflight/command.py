@@ -11,6 +11,7 @@ from rich.console import Console
 
 from jaxlm.config import RunConfig
 from jaxlm.errors import check
+from jaxlm.model.models import check_transformer
 from jaxlm.preflight.compiled import Facts, default_cache, facts_of
 from jaxlm.preflight.planner import describe_mesh, mesh_overrides, resolve_mesh
 from jaxlm.preflight.report import lines, make_report, tables
@@ -51,6 +52,7 @@ def preflight_command(
     Raises:
         UserError: what cannot be compiled for, or a mesh that does not fit.
     """
+    check_transformer(cfg.model, "jaxlm preflight")
     check(price >= 0, f"--price={price:g} must not be negative")
     hardware = parse_topology(topology, slices)
     # This machine only compiles. Where libtpu is installed JAX would look for a TPU first.

@@ -19,7 +19,7 @@ times, and a token's cross-attention sees S keys. The conventions know no encode
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -29,6 +29,8 @@ import numpy as np
 from jaxlm.model.backends import keeps_scores
 from jaxlm.model.config import encoder_of
 from jaxlm.model.layers import ACTIVATIONS
+from jaxlm.model.models import ModelConfig, functions
+from jaxlm.model.recurrence import LSTMConfig
 from jaxlm.model.transformer import AXES, TransformerConfig, abstract_params, init_cache
 from jaxlm.scaling.working_set import head_bytes, layer_bytes, mlp_width, score_keys
 from jaxlm.sharding import RULES, Layout, tree_shardings
@@ -36,12 +38,12 @@ from jaxlm.tree import named_leaves, nbytes
 
 # What a leaf does with a token, by the last component of its name: a product (2 FLOPs per weight) or not.
 PRODUCTS = ("wq", "wk", "wv", "wo", "wq_down", "wq_up", "wkv_down", "wk_up", "wv_up")
-PRODUCTS += ("w_up", "w_gate", "w_down", "router_w")
+PRODUCTS += ("w_up", "w_gate", "w_down", "router_w", "w_input", "w_state", "w_query", "w_memory")
 RELATIVE = ("wk_rel", "wq_rel", "bk_rel", "bq_rel")  # meet a table once a step, not every token
-PRODUCTS += ("shared_gate", "shared_w_up", "shared_w_gate", "shared_w_down", "w")
+PRODUCTS += ("shared_gate", "shared_w_up", "shared_w_gate", "shared_w_down", "w", "w_context", "w_out")
 LOOKUPS = ("table", "positions", "types")
 VECTORS = ("scale", "bias", "sinks", "router_bias", "router_b", "b")
-VECTORS += ("bq", "bk", "bv", "bo", "b_q", "b_kv", "b_up", "b_gate", "b_down")
+VECTORS += ("v", "bq", "bk", "bv", "bo", "b_q", "b_kv", "b_up", "b_gate", "b_down")
 EXPERTS = ("moe/w_up", "moe/w_gate", "moe/w_down")  # leaves with a leading expert dimension
 EXPERT_VECTORS = ("moe/b_up", "moe/b_gate", "moe/b_down")  # likewise
 ROOMS = (
@@ -50,6 +52,8 @@ ROOMS = (
     "cross_attention",
     "mlp",
     "moe",
+    "additive",
+    "lstm",
     "position_bias",
     "distances",
     "projection",
@@ -84,7 +88,7 @@ class Weights:
 
 
 @functools.lru_cache(maxsize=256)  # tracing `init` takes up to a second, and a plan counts many models
-def weights(cfg: TransformerConfig) -> Weights:
+def weights(cfg: ModelConfig) -> Weights:
     """Counts the leaves of the model's abstract parameters.
 
     Raises:
@@ -92,7 +96,7 @@ def weights(cfg: TransformerConfig) -> Weights:
     """
     rooms: dict[str, int] = {}
     embedding = head = experts = vectors = products = 0
-    for name, leaf in named_leaves(abstract_params(cfg)):
+    for name, leaf in named_leaves(functions(cfg).abstract_params(cfg)):
         parts, size = name.split("/"), math.prod(leaf.shape)
         room = next((part for part in parts if part in ROOMS), "norms")
         rooms[room] = rooms.get(room, 0) + size
@@ -139,9 +143,7 @@ def mean_keys(seq_len: int, *, window: int = 0, causal: bool = True) -> float:
     return keys if causal else 2 * keys
 
 
-def forward_flops(
-    cfg: TransformerConfig, seq_len: int, *, executed: bool = False, input_len: int = 0
-) -> float:
+def forward_flops(cfg: ModelConfig, seq_len: int, *, executed: bool = False, input_len: int = 0) -> float:
     """Exact FLOPs per token of a forward pass over rows of `seq_len` tokens; training is 3 times that.
 
     Args:
@@ -155,10 +157,13 @@ def forward_flops(
     return head + _body_flops(cfg, seq_len, input_len) + _score_flops(cfg, seq_len, executed, input_len)
 
 
-def _body_flops(cfg: TransformerConfig, seq_len: int, input_len: int) -> float:
+def _body_flops(cfg: ModelConfig, seq_len: int, input_len: int) -> float:
     """FLOPs per token of the products of the blocks."""
     products = weights(cfg).body_products
-    if cfg.has_encoder:
+    if isinstance(cfg, LSTMConfig):
+        inputs = (6 * cfg.encoder.num_layers + cfg.has_encoder) * cfg.model_dim**2
+        products += inputs * ((input_len or seq_len) / seq_len - 1)
+    elif cfg.has_encoder:
         # Of both stacks' weights, these meet inputs and not tokens.
         memory = 2 * cfg.num_layers * cfg.model_dim * cfg.attention.kv_heads * cfg.head_dim
         inputs = weights(encoder_of(cfg)).body_products + memory
@@ -166,8 +171,10 @@ def _body_flops(cfg: TransformerConfig, seq_len: int, input_len: int) -> float:
     return 2.0 * products
 
 
-def _score_flops(cfg: TransformerConfig, seq_len: int, executed: bool, input_len: int = 0) -> float:
-    """FLOPs per token of q k^T and probabilities times v, all layers."""
+def _score_flops(cfg: ModelConfig, seq_len: int, executed: bool, input_len: int = 0) -> float:
+    """FLOPs per token of scores and of probabilities times values, all layers."""
+    if isinstance(cfg, LSTMConfig):
+        return 4.0 * cfg.model_dim * (input_len or seq_len) * cfg.has_encoder
     keys = [
         score_keys(cfg, kind, seq_len)
         if executed
@@ -184,7 +191,7 @@ def _score_flops(cfg: TransformerConfig, seq_len: int, executed: bool, input_len
     return flops
 
 
-def hardware_flops(cfg: TransformerConfig, seq_len: int, input_len: int = 0) -> float:
+def hardware_flops(cfg: ModelConfig, seq_len: int, input_len: int = 0) -> float:
     """FLOPs per token that a training step executes: masked scores too, and what remat computes again.
 
     full: the products of the blocks once more. minimal: the scores once more. An upper bound: the compiler
@@ -215,10 +222,11 @@ class Shape:
         return cls(layers, heads, model_dim // heads, model_dim, vocab_size, layers * per_layer)
 
     @classmethod
-    def of(cls, cfg: TransformerConfig) -> "Shape":
+    def of(cls, cfg: ModelConfig) -> "Shape":
         """The shape of a model; gated MLPs, grouped heads and experts enter through `body`."""
         body = weights(cfg).body_products
-        return cls(cfg.num_layers, cfg.attention.num_heads, cfg.head_dim, cfg.model_dim, cfg.vocab_size, body)
+        heads = (0, 0) if isinstance(cfg, LSTMConfig) else (cfg.attention.num_heads, cfg.head_dim)
+        return cls(cfg.num_layers, *heads, cfg.model_dim, cfg.vocab_size, body)
 
 
 def conventions(shape: Shape, seq_len: int) -> dict[str, int]:
@@ -277,7 +285,7 @@ class Counts:
         return dataclasses.asdict(self)
 
 
-def count(cfg: TransformerConfig, seq_len: int, input_len: int = 0) -> Counts:
+def count(cfg: ModelConfig, seq_len: int, input_len: int = 0) -> Counts:
     """Every count of `cfg` on documents of `seq_len` tokens, and `input_len` inputs if it has an encoder.
 
     Raises:
@@ -351,7 +359,6 @@ def memory(
     microbatches: int = 1,
     logit_tokens: int = 0,
     input_len: int = 0,
-    axes: Mapping[str, Sequence[str | None]] = AXES,
 ) -> Memory:
     """Estimated bytes per device.
 
@@ -381,16 +388,15 @@ def memory(
         microbatches: M; with more than one the gradient is summed in fp32.
         logit_tokens: tokens whose logits a device holds at once (the loss's chunk); 0 = all of a microbatch.
         input_len: S, inputs of a row, of a model with an encoder; 0 = as many as tokens.
-        axes: the model's table of logical axes.
     """
     params = _abstract_params(dataclasses.replace(cfg, remat="none"))
-    split = _sizes(params, None if layout is None else tree_shardings(layout, params, axes))
+    split = sizes(params, None if layout is None else tree_shardings(layout, params, AXES))
     elements = sum(count for count, _ in split)
     held = sum(count * itemsize for count, itemsize in split)
     if opt_state is None:
         optimizer = 8 * elements
     else:
-        optimizer = sum(count * itemsize for count, itemsize in _sizes(opt_state, None))
+        optimizer = sum(count * itemsize for count, itemsize in sizes(opt_state, None))
     shards = {axis: 1 if layout is None else layout.shards(axis) for axis in RULES}
     rows = math.ceil(batch_size / (microbatches * shards["batch"]))
     tokens = rows * math.ceil(seq_len / shards["length"])
@@ -439,7 +445,7 @@ def _abstract_params(cfg: TransformerConfig) -> Any:
     return abstract_params(cfg)
 
 
-def _sizes(tree: Any, shardings: Any) -> list[tuple[int, int]]:
+def sizes(tree: Any, shardings: Any) -> list[tuple[int, int]]:
     """(elements on one device, bytes of one) of every leaf; `shardings` None: the leaves' own, if any."""
     leaves, places = jax.tree.leaves(tree), jax.tree.leaves(shardings)
     places = places or [getattr(leaf, "sharding", None) for leaf in leaves]

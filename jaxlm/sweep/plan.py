@@ -21,6 +21,7 @@ from jaxlm.data.loader import DataConfig, Dataset, Loader, make_dataset
 from jaxlm.data.shards import INDEX
 from jaxlm.data.tokenizer import check_vocabulary, load_tokenizer
 from jaxlm.errors import UserError, check
+from jaxlm.model.models import check_transformer
 from jaxlm.optim import make_schedule
 from jaxlm.preflight.planner import choose_mesh, describe_mesh, estimate, resolve_here, resolve_mesh
 from jaxlm.scaling import record
@@ -120,6 +121,7 @@ def make_plan(
         UserError: a grid that cannot be filled; a run that reads its data more than once without
             grid.allow_epochs; no eval set; whatever `jaxlm train` would refuse before its first step.
     """
+    check_transformer(config.run.model, "jaxlm plan")
     hardware, grid, store = hardware or Hardware(), config.grid, open_store(workdir)
     check(name.isidentifier(), f"--name={name!r}: letters, digits and underscores, please")
     drafts = expand(config.run, grid, _center(grid, store.pull(grid.center_fit)) if grid.center_fit else None)

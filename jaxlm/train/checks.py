@@ -2,7 +2,8 @@
 
 from jaxlm.config import RunConfig
 from jaxlm.errors import UserError, check
-from jaxlm.model.context_parallel import CONTEXTS, check_columns
+from jaxlm.model.config import TransformerConfig
+from jaxlm.model.models import check_row
 from jaxlm.objectives.formats import check_model
 from jaxlm.sharding import Layout
 
@@ -23,17 +24,8 @@ def check_shapes(cfg: RunConfig, layout: Layout) -> None:
             f"data.batch_size={B} is not divisible by train.microbatches={M} x {pipe}{multiple // parts} "
             f"mesh devices that share the rows; the nearest that is: {max(step, round(B / step) * step)}"
         )
-    zigzag = CONTEXTS[cfg.model.attention.context].zigzag and cfg.model.causal
-    check_columns(cfg.data.seq_len, layout, zigzag=zigzag)
-    if cfg.data.input_len:
-        check_columns(cfg.data.input_len, layout, zigzag=False)
     check(
-        layout.offload != "all" or cfg.model.scan,
+        layout.offload != "all" or (isinstance(cfg.model, TransformerConfig) and cfg.model.scan),
         "mesh.offload='all' fetches the layers of a scan; use it with model.scan=True, or 'optimizer'",
     )
-    longest = cfg.model.position.max_length
-    if cfg.model.position.kind == "learned":
-        check(
-            cfg.data.seq_len <= longest,
-            f"data.seq_len={cfg.data.seq_len} is longer than model.position.max_length={longest}",
-        )
+    check_row(cfg.model, cfg.data.seq_len, cfg.data.input_len, layout)

@@ -26,6 +26,7 @@ from jaxlm.errors import UserError, check
 from jaxlm.model import transformer
 from jaxlm.model.activations import activations
 from jaxlm.model.config import TransformerConfig
+from jaxlm.model.models import check_transformer
 from jaxlm.model.parametrization import optimizer_options
 from jaxlm.objectives.lm import LossConfig, make_lm_objective
 from jaxlm.optim import OptimConfig, make_optimizer
@@ -334,6 +335,7 @@ def coordcheck_command(
     Raises:
         UserError: before anything is measured, if some model cannot be made.
     """
+    check_transformer(model, "jaxlm coordcheck")
     asked = {axis: sizes for axis, sizes in (("width", widths), ("depth", depths)) if sizes}
     check(bool(asked), "jaxlm coordcheck needs --widths or --depths")
     kinds = tuple(parametrizations) or (model.parametrization,)

@@ -16,6 +16,7 @@ from jaxlm.hf.files import TOKENIZER_FILES, read_json
 from jaxlm.hf.gguf_files import write_tokenizer
 from jaxlm.hf.pretrained import Pretrained, load, save
 from jaxlm.model.config import TransformerConfig
+from jaxlm.model.models import check_transformer
 from jaxlm.sharding import MeshConfig, make_layout
 from jaxlm.train.checkpoint import Checkpointer, step_dirs
 from jaxlm.train.rundir import RunLock, open_run_dir, write_json
@@ -128,6 +129,7 @@ def export_model(
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out} is not empty; choose another folder")
     trained = load_trained(workdir, step=step, ema=ema)
+    check_transformer(trained.cfg.model, "jaxlm hf export")
     file = _kept_config(workdir, trained.cfg)
     kept = read_json(file) if file else {}
     if family:

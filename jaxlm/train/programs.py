@@ -17,8 +17,10 @@ from jaxtyping import Array, Float
 
 from jaxlm.errors import check
 from jaxlm.evaluate import EvalStep, make_eval_step
-from jaxlm.model import encoder_decoder, heads, transformer
+from jaxlm.model import encoder_decoder, heads
+from jaxlm.model.config import TransformerConfig
 from jaxlm.model.masks import prefix_visible
+from jaxlm.model.models import ModelConfig, functions
 from jaxlm.model.parametrization import optimizer_options
 from jaxlm.objectives.formats import make_objective
 from jaxlm.objectives.lm import LossConfig
@@ -32,9 +34,9 @@ Numbers = Mapping[str, Any]  # 'lr' of one update, 'weight_decay', 'b2'
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A transformer as the objective sees it."""
+    """A model as the objective sees it."""
 
-    cfg: transformer.TransformerConfig
+    cfg: ModelConfig
 
     def apply(self, params: Any, batch: Batch, key: Any) -> tuple[jax.Array, dict[str, Any]]:
         """Hidden states and auxiliary values.
@@ -57,21 +59,23 @@ class Model:
                 positions_BT=positions,
                 key=key,
             )
-        hidden_BTD, _, aux = transformer.apply(
+        more = {} if "types" not in batch else {"types_BT": batch["types"]}
+        if "prefix" in batch:
+            more["allowed_BTS"] = prefix_visible(batch["prefix"])
+        hidden_BTD, _, aux = functions(self.cfg).apply(
             self.cfg,
             params,
             batch["tokens"],
             segments_BT=segments,
             positions_BT=positions,
-            allowed_BTS=prefix_visible(batch["prefix"]) if "prefix" in batch else None,
-            types_BT=batch.get("types"),
             key=key,
+            **more,
         )
         return hidden_BTD, aux
 
     def unembed(self, params: Any, hidden_BTD: jax.Array) -> jax.Array:
         """Logits."""
-        return transformer.unembed(self.cfg, params, hidden_BTD)
+        return functions(self.cfg).unembed(self.cfg, params, hidden_BTD)
 
     def classify(self, params: Any, batch: Batch, hidden_BTD: jax.Array, key: Any) -> jax.Array:
         """Logits of the classes of every row."""
@@ -79,13 +83,14 @@ class Model:
 
 
 def optimizer_of(
-    model: transformer.TransformerConfig,
+    model: ModelConfig,
     optim: OptimConfig,
     schedule: Callable[[Any], Float[Array, ""]],
     numbers: Mapping[str, Any] | None = None,
 ) -> Any:
     """The optimizer of a run: `make_optimizer` with what the model's parametrisation asks for."""
-    return make_optimizer(optim, schedule, numbers=numbers, **optimizer_options(model, optim))
+    rules = optimizer_options(model, optim) if isinstance(model, TransformerConfig) else {}
+    return make_optimizer(optim, schedule, numbers=numbers, **rules)
 
 
 def learning_rates(optim: OptimConfig, num_steps: int, tokens_per_step: int) -> Float[np.ndarray, " steps"]:
@@ -124,7 +129,7 @@ def shape_of(optim: OptimConfig) -> OptimConfig:
 
 
 def programs(
-    model: transformer.TransformerConfig,
+    model: ModelConfig,
     loss: LossConfig,
     optim: OptimConfig,
     mesh: MeshConfig,
@@ -151,7 +156,7 @@ def programs(
 
 @functools.lru_cache(maxsize=4)
 def _programs(
-    model: transformer.TransformerConfig,
+    model: ModelConfig,
     loss: LossConfig,
     optim: OptimConfig,
     mesh: MeshConfig,
@@ -166,7 +171,7 @@ def _programs(
 
 def programs_on(
     layout: Layout,
-    model_cfg: transformer.TransformerConfig,
+    model_cfg: ModelConfig,
     loss: LossConfig,
     optim: OptimConfig,
     compiler_options: Mapping[str, str],
@@ -176,12 +181,12 @@ def programs_on(
     data_format: str = "lm",
 ) -> Programs:
     """`programs` on a mesh that is made already, of devices that need not be there: nothing runs here."""
-    model, init = Model(model_cfg), partial(transformer.init, model_cfg)
+    model, init = Model(model_cfg), partial(functions(model_cfg).init, model_cfg)
     token_bytes_V = None if token_bytes is None else np.asarray(token_bytes, np.float32)
     objective = make_objective(data_format, model, loss, token_bytes_V)
     # Its rate is never asked for here: only the structure of its state.
     optimizer = optimizer_of(model_cfg, optim, lambda count: 0.0)
-    where = dict(layout=layout, table=transformer.AXES)
+    where = dict(layout=layout, table=functions(model_cfg).AXES)
     target, _ = abstract_state(init, optimizer, **where)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
 

@@ -34,9 +34,10 @@ from jaxlm.data.tokenizer import check_vocabulary, load_tokenizer
 from jaxlm.distributed import AgreedStop, chief_first, from_chief, is_chief
 from jaxlm.errors import UserError
 from jaxlm.evaluate import evaluate
-from jaxlm.model import transformer
+from jaxlm.model.models import ModelConfig, functions
+from jaxlm.model.recurrence import LSTMConfig
 from jaxlm.optim import OptimConfig, ema_params, make_schedule
-from jaxlm.scaling import counting
+from jaxlm.scaling import counting, recurrent
 from jaxlm.sharding import MESH_AXES, Layout, LeafLayout, MeshConfig, describe, make_layout, use
 from jaxlm.train.branch import Branch, find_branch, restore_branch
 from jaxlm.train.checkpoint import Checkpointer, step_dirs
@@ -444,12 +445,10 @@ def _planned_layout(mesh: MeshConfig, num_devices: int) -> Layout:
 
 
 @functools.lru_cache(maxsize=64)  # a search plans runs that differ in batch and remat alone
-def _planned_state(
-    model: transformer.TransformerConfig, optim: OptimConfig, mesh: MeshConfig, num_devices: int
-) -> TrainState:
+def _planned_state(model: ModelConfig, optim: OptimConfig, mesh: MeshConfig, num_devices: int) -> TrainState:
     """Shapes and shardings of a run's state; tracing it takes most of a plan's time."""
-    init, optimizer = partial(transformer.init, model), optimizer_of(model, optim, lambda count: 0.0)
-    where = dict(layout=_planned_layout(mesh, num_devices), table=transformer.AXES)
+    init, optimizer = partial(functions(model).init, model), optimizer_of(model, optim, lambda count: 0.0)
+    where = dict(layout=_planned_layout(mesh, num_devices), table=functions(model).AXES)
     return abstract_state(init, optimizer, **where)[0]
 
 
@@ -472,7 +471,8 @@ def plan(cfg: RunConfig, *, num_devices: int | None = None) -> Plan:
     state = _planned_state(model, shape_of(cfg.optim), cfg.mesh, num_devices)
     rows = cfg.data.batch_size // (cfg.train.microbatches * layout.shards("batch"))
     columns = cfg.data.seq_len // layout.shards("length")
-    memory = counting.memory(
+    memory_of = recurrent.memory if isinstance(cfg.model, LSTMConfig) else counting.memory
+    memory = memory_of(
         cfg.model,
         batch_size=cfg.data.batch_size,
         seq_len=cfg.data.seq_len,
@@ -486,7 +486,7 @@ def plan(cfg: RunConfig, *, num_devices: int | None = None) -> Plan:
         mesh_shape=dict(layout.mesh.shape),
         counts=counting.count(cfg.model, cfg.data.seq_len, cfg.data.input_len),
         memory=memory,
-        leaves=describe(layout, state.params, transformer.AXES),
+        leaves=describe(layout, state.params, functions(model).AXES),
         tokens_per_step=tokens,
         tokens=tokens * cfg.train.num_steps,
     )

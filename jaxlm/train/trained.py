@@ -13,7 +13,7 @@ from jaxlm.data.loader import eval_batches
 from jaxlm.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from jaxlm.errors import UserError, check
 from jaxlm.generate import decode
-from jaxlm.model import transformer
+from jaxlm.model.models import functions
 from jaxlm.objectives.formats import check_model
 from jaxlm.optim import ema_params, make_schedule
 from jaxlm.sharding import Layout, MeshConfig, make_layout, use
@@ -59,10 +59,11 @@ def load_trained(
     check_vocabulary(tokenizer, cfg.model.vocab_size)
     mesh = cfg.mesh if mesh is None else mesh
     layout = make_layout(mesh)
-    init = partial(transformer.init, cfg.model)
+    model = functions(cfg.model)
+    init = partial(model.init, cfg.model)
     tokens = cfg.data.batch_size * cfg.data.seq_len
     optimizer = optimizer_of(cfg.model, cfg.optim, make_schedule(cfg.optim, cfg.train.num_steps, tokens))
-    target, _ = abstract_state(init, optimizer, layout=layout, table=transformer.AXES)
+    target, _ = abstract_state(init, optimizer, layout=layout, table=model.AXES)
     if ema:
         check(cfg.optim.ema > 0, f"{workdir} keeps no averaged parameters (optim.ema=0)")
         restored = Checkpointer(workdir / "checkpoints").restore(target, step=step)
