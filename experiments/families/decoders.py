@@ -72,6 +72,12 @@ LLAMA3_ROPE = dict(
 )
 
 
+DEEPSEEK_ROPE = dict(
+    rope_type="yarn", factor=40.0, original_max_position_embeddings=4096, beta_fast=32.0, beta_slow=1.0
+)
+OSS_ROPE = {**DEEPSEEK_ROPE, "factor": 32.0, "truncate": False}
+
+
 def palm(layers: int, dim: int, heads: int) -> dict[str, Any]:
     """PaLM: parallel branches, one key/value head, SwiGLU of 4 D, no biases, tied embeddings."""
     return {
@@ -328,6 +334,75 @@ SHAPES: dict[str, Shape] = {
         4096,
         "Hugging Face allenai/OLMo-2-1124-7B",
     ),
+    "deepseek_v2_lite": Shape(
+        llama(
+            27,
+            2048,
+            10944,
+            16,
+            102400,
+            model_type="deepseek_v2",
+            q_lora_rank=None,
+            n_routed_experts=64,
+            num_experts_per_tok=6,
+            moe_intermediate_size=1408,
+            first_k_dense_replace=1,
+            rope_scaling=DEEPSEEK_ROPE | dict(mscale=0.707, mscale_all_dim=0.707),
+        ),
+        15_706_484_224,
+        4096,
+        "Hugging Face deepseek-ai/DeepSeek-V2-Lite",
+    ),
+    "deepseek_v3": Shape(
+        llama(
+            61,
+            7168,
+            18432,
+            128,
+            129280,
+            model_type="deepseek_v3",
+            n_routed_experts=256,
+            rope_scaling=DEEPSEEK_ROPE | dict(mscale=1.0, mscale_all_dim=1.0),
+        ),
+        671_000_000_000,
+        4096,
+        "DeepSeek-AI 2024, arXiv:2412.19437, without the modules that predict further tokens",
+        1e-3,
+    ),
+    "gpt_oss_20b": Shape(
+        llama(
+            24,
+            2880,
+            2880,
+            64,
+            201088,
+            model_type="gpt_oss",
+            num_key_value_heads=8,
+            num_local_experts=32,
+            num_experts_per_tok=4,
+            rope_scaling=OSS_ROPE,
+        ),
+        20_914_757_184,
+        4096,
+        "Hugging Face openai/gpt-oss-20b",
+    ),
+    "gpt_oss_120b": Shape(
+        llama(
+            36,
+            2880,
+            2880,
+            64,
+            201088,
+            model_type="gpt_oss",
+            num_key_value_heads=8,
+            num_local_experts=128,
+            num_experts_per_tok=4,
+            rope_scaling=OSS_ROPE,
+        ),
+        116_829_156_672,
+        4096,
+        "Hugging Face openai/gpt-oss-120b",
+    ),
     "olmoe_1b_7b": Shape(
         llama(16, 2048, 1024, 16, 50304, model_type="olmoe", num_experts=64, num_experts_per_tok=8),
         6_919_161_856,
@@ -353,12 +428,17 @@ def smoke(cfg: TransformerConfig) -> TransformerConfig:
     """The same variations at toy size: two layers or one period of them, bytes."""
     heads = 4
     grouped = {1: 1, cfg.attention.num_heads: heads}.get(cfg.attention.kv_heads, 2)
+    latent = cfg.attention.latent
+    if latent.kv_rank:
+        ranks = dict(kv_rank=16, q_rank=min(latent.q_rank, 24))
+        latent = dataclasses.replace(latent, **ranks, nope_dim=8, rope_dim=8, value_dim=16)
     attention = dataclasses.replace(
         cfg.attention,
         num_heads=heads,
         num_kv_heads=grouped,
         head_dim=16,
         window=min(cfg.attention.window, 16),
+        latent=latent,
     )
     position = dataclasses.replace(
         cfg.position,
@@ -374,8 +454,12 @@ def smoke(cfg: TransformerConfig) -> TransformerConfig:
             top_k=2,
             expert_dim=min(moe.expert_dim, 32),
             shared_dim=min(moe.shared_dim, 32),
+            groups=min(moe.groups, 2),
+            top_groups=min(moe.top_groups, 1),
         )
-    sizes = dict(vocab_size=256, num_layers=max(cfg.period, 2), model_dim=64, mlp_dim=128)
+    first = min(cfg.first_dense, 1)
+    layers = first + max(cfg.period, 2)
+    sizes = dict(vocab_size=256, num_layers=layers, first_dense=first, model_dim=64, mlp_dim=128)
     return dataclasses.replace(cfg, **sizes, attention=attention, position=position, moe=moe)
 
 
