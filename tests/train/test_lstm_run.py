@@ -1,12 +1,13 @@
 """A recurrent model goes through the same doors as a transformer: train, resume, evaluate, sample, plan."""
 
 import os
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from jaxlm.config import build, check_name, default_config, diff, load_config
+from jaxlm.config import build, check_name, default_config, diff, load_config, load_experiment
 from jaxlm.errors import UserError
 from jaxlm.model.models import check_row
 from jaxlm.model.recurrence import LSTMConfig
@@ -95,3 +96,25 @@ def test_train_resume_evaluate_and_sample(tmp_path):
     texts = sample(tmp_path / "run", ["def ", "import"], temperature=0.0, max_new_tokens=6)
     assert [len(text.tokens) for text in texts] == [6, 6]
     assert texts[0].tokens == sample(tmp_path / "run", ["def "], temperature=0.0, max_new_tokens=6)[0].tokens
+
+
+@pytest.mark.slow
+def test_an_encoder_decoder_goes_through_the_same_doors(tmp_path):
+    """Dates and what they are in ISO 8601: trained, scored and asked like a transformer with an encoder."""
+    out = load_experiment(str(Path(__file__).parents[2] / "experiments" / "objectives" / "dates.py:smoke"))
+    out.model = default_config(LSTMConfig)
+    out.model.num_layers, out.model.model_dim, out.model.encoder.num_layers = 1, 32, 1
+    cfg = build(out)
+    result = train(cfg, tmp_path / "run", bar=False)
+    assert (result.status, result.steps) == ("finished", cfg.train.num_steps)
+    assert result.counts["rooms"]["additive"] == 2 * 32 * 32 + 32 + 4 * 32 * 32 + 2 * 32 * 32
+    assert evaluate(tmp_path / "run").nll == pytest.approx(result.metrics["eval/nll"], abs=2e-5)
+    (text,) = sample(tmp_path / "run", ["1 May 1950"], temperature=0.0, max_new_tokens=5)
+    assert 0 < len(text.tokens) <= 5
+    plain = config().to_dict()
+    plain["model"]["encoder"] = {"num_layers": 1}
+    with pytest.raises(UserError, match="has no inputs for an encoder"):
+        train(build(plain), tmp_path / "plain", bar=False)
+    plain["data"] |= {"format": "mlm"}
+    with pytest.raises(UserError, match=r"model\.causal=True"):
+        train(build(plain | {"model": {"kind": "lstm"}}), tmp_path / "masked", bar=False)
