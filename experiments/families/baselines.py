@@ -45,7 +45,7 @@ def get_config(arg: str = "lstm") -> ConfigDict:
     data = config.data
     data.tokenizer = "data/quickstart/tokenizer.model"
     data.train, data.eval = "data/quickstart/tokens/train", "data/quickstart/tokens/heldout"
-    data.seq_len, data.batch_size = 128, 32
+    data.seq_len, data.batch_size = 128, 16
 
     optim = config.optim
     optim.schedule, optim.final, optim.warmup = "linear", 0.0, 0.05
