@@ -141,7 +141,7 @@ def get_config(arg: str = "bert_base") -> ConfigDict:
     if size == "smoke":
         stdlib = os.path.dirname(os.__file__)
         data.tokenizer, data.train, data.eval = "byte", f"{stdlib}/asyncio/*.py", f"{stdlib}/json/*.py"
-        data.seq_len, data.batch_size, data.eval_tokens = 32, 16, 8192
+        data.seq_len, data.batch_size, data.eval_tokens = 32, 16, 32768  # several documents
         model = dataclasses.replace(smoke(model), dtype="float32", dropout=0.0)
         config.optim.lr, config.optim.warmup = 3e-3, 0.1
         config.mesh.data, config.mesh.fsdp = -1, 1
