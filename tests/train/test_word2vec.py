@@ -1,5 +1,10 @@
 """Word2Vec: pairs, noise and gradients against plain loops; vectors that answer what they should."""
 
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
 import numpy as np
 import pytest
 
@@ -53,7 +58,6 @@ def test_batches_are_a_function_of_seed_and_epoch():
 
 
 def test_gradients_are_those_of_the_paper():
-    import jax
 
     rng = np.random.default_rng(1)
     V, D, B, K = 7, 5, 6, 3
@@ -134,3 +138,24 @@ def test_words_of_one_kind_become_neighbours():
         assert {other[0] for other in nearest} == {word[0]}, (word, nearest)
     again = train_vectors(documents, cfg, epochs=12, batch_size=512)
     np.testing.assert_array_equal(again.vectors.unit_VD, trained.vectors.unit_VD)
+
+
+def test_the_tool_trains_reads_back_and_answers(tmp_path, capsys):
+    path = Path(__file__).parents[2] / "tools" / "word2vec.py"
+    spec = importlib.util.spec_from_file_location("tool_word2vec", path)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    drawn = np.random.default_rng(0).integers(0, 6, (400, 3))
+    for n, part in enumerate(np.array_split(drawn, 2)):
+        lines = [" ".join(f"{kind}{'xyzuvw'[i]}" for kind, i in zip("abc", row, strict=True)) for row in part]
+        (tmp_path / f"{n}.txt").write_text("\n".join(lines))
+    out = ["--out", str(tmp_path / "out")]
+    small = ["--dim=8", "--window=2", "--sample=0", "--epochs=2", "--batch_size=256"]
+    assert tool.main([*out, f"--input={tmp_path}/*.txt", *small, "--words=ax"]) == 0
+    assert "18 words, 1,200 occurrences" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["config"]["dim"] == 8
+    (tmp_path / "questions").write_text(": kinds\nax bx ay by\nax bx ay king\n")
+    assert tool.main([*out, "--words=ax", f"--questions={tmp_path / 'questions'}"]) == 0
+    assert "of 1, 1 skipped" in capsys.readouterr().out
+    assert tool.main([*out, "--input=nowhere/*.txt"]) == 2
+    assert "--input=nowhere/*.txt: no file" in capsys.readouterr().err
