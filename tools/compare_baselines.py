@@ -84,7 +84,10 @@ def draw(rows: list[dict], path: pathlib.Path) -> None:
         axes.plot([r["flops"] for r in own], [r["bpb"] for r in own], marker=marker, label=model)
     axes.axhline(rows[0]["bpb"], color="grey", linestyle="--", label=rows[0]["model"])
     axes.set(xscale="log", xlabel="training FLOPs", ylabel="bits per byte, held out")
-    axes.legend()
+    budgets = sorted({float(f"{row['flops']:.0e}") for row in rows[1:]})
+    axes.set_xticks(budgets, [f"{budget:.0e}".replace("e+", "e") for budget in budgets])
+    axes.minorticks_off()
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=3, frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

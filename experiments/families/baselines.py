@@ -8,8 +8,8 @@ Command:
 or one of them:
     jaxlm train --config=experiments/families/baselines.py:lstm:4e12 --workdir=runs/lstm
 Hardware: one CPU core.
-Expected: not run yet.
-Last run: none.
+Expected: at 1e12 FLOPs 3.035 bits per byte (LSTM), 2.794 (transformer); the 5-gram has 2.133.
+Last run: 2026-11-22; see README.md beside this file.
 
 `NAME` is lstm or transformer, `NAME:FLOPS` trains for that many FLOPs (default 4e12; the number of steps
 follows from the sizes that stand here), `NAME:smoke` for a few steps on Python's own source code, as bytes.

@@ -278,7 +278,8 @@ def analogies(vectors: Vectors, questions: dict[str, list[tuple[str, ...]]]) -> 
     """
     index, scores = {word: i for i, word in enumerate(vectors.words)}, {}
     for section, asked in questions.items():
-        known = np.array([[index[w] for w in q] for q in asked if all(w in index for w in q)]).reshape(-1, 4)
+        answerable = [[index[w] for w in q] for q in asked if all(w in index for w in q)]
+        known = np.array(answerable, np.int64).reshape(-1, 4)
         right = 0
         for part in np.array_split(known, max(1, len(known) // 512)):
             a_QD, b_QD, c_QD = (vectors.unit_VD[part[:, i]] for i in range(3))

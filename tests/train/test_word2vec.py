@@ -154,7 +154,7 @@ def test_the_tool_trains_reads_back_and_answers(tmp_path, capsys):
     assert tool.main([*out, f"--input={tmp_path}/*.txt", *small, "--words=ax"]) == 0
     assert "18 words, 1,200 occurrences" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "result.json").read_text())["config"]["dim"] == 8
-    (tmp_path / "questions").write_text(": kinds\nax bx ay by\nax bx ay king\n")
+    (tmp_path / "questions").write_text(": kinds\nax bx ay by\nax bx ay king\n: none\na b c d\n")
     assert tool.main([*out, "--words=ax", f"--questions={tmp_path / 'questions'}"]) == 0
     assert "of 1, 1 skipped" in capsys.readouterr().out
     assert tool.main([*out, "--input=nowhere/*.txt"]) == 2
