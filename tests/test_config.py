@@ -67,7 +67,10 @@ def test_every_field_can_be_set_through_the_config_dict():
             {"model": {"attention": {"n_heads": 3}}},
             "unknown key model.attention.n_heads; did you mean 'num_heads'?",
         ),
-        ({"num_layers": 3}, "unknown key num_layers; did you mean 'model.num_layers'?"),
+        (
+            {"num_layers": 3},
+            "unknown key num_layers; did you mean 'model.num_layers' or 'model.encoder.num_layers'?",
+        ),
         ({"train": {"lr": 1.0}}, "unknown key train.lr; did you mean 'optim.lr'?"),
         ({"model": {"num_layers": "3"}}, "model.num_layers: expected int, got '3' (str)"),
         ({"model": {"num_layers": 3.0}}, "model.num_layers: expected int, got 3.0 (float)"),
