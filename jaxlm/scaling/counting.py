@@ -95,6 +95,7 @@ def weights(cfg: ModelConfig) -> Weights:
         ValueError: a leaf whose name is in none of PRODUCTS, LOOKUPS, VECTORS.
     """
     rooms: dict[str, int] = {}
+    shared = 1 if isinstance(cfg, LSTMConfig) else cfg.shared_layers
     embedding = head = experts = vectors = products = 0
     for name, leaf in named_leaves(functions(cfg).abstract_params(cfg)):
         parts, size = name.split("/"), math.prod(leaf.shape)
@@ -113,10 +114,11 @@ def weights(cfg: ModelConfig) -> Weights:
         elif "/".join(parts[-2:]) in EXPERT_VECTORS:
             vectors += size
         elif parts[-1] in PRODUCTS and (room not in READOUT or cfg.readout.of == "each"):
-            products += size * (cfg.shared_layers if "blocks" in parts else 1)
+            products += size * (shared if "blocks" in parts else 1)
     total = sum(rooms.values())
     of_chosen = lambda size: size // cfg.moe.num_experts * cfg.moe.top_k if size else 0  # noqa: E731
     chosen, experts_all = of_chosen(experts), experts + vectors
+    projected = not isinstance(cfg, LSTMConfig) and cfg.head_transform
     return Weights(
         rooms=MappingProxyType(rooms),
         total=total,
@@ -124,8 +126,8 @@ def weights(cfg: ModelConfig) -> Weights:
         head=head,
         experts=experts_all,
         active=total - experts_all + of_chosen(experts_all),
-        body_products=products + chosen * cfg.shared_layers,
-        head_products=(cfg.embed_width if cfg.head_transform else cfg.model_dim) * cfg.vocab_size,
+        body_products=products + chosen * shared,
+        head_products=(cfg.embed_width if projected else cfg.model_dim) * cfg.vocab_size,
     )
 
 
