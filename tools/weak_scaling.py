@@ -2,10 +2,11 @@
 
     python tools/weak_scaling.py --cache=runs/preflight --plot=weak_scaling.png
 
-Every chip keeps 32,768 tokens. Weights, gradients and optimizer state are split over at most 64 chips (`fsdp`
-x `expert`, which a dense model has no other use for) and copied over the rest (`data`), so that what a chip
-sends stays the same but for the sums over copies. Each size is compiled whole, all 32 layers, some minutes on
-one core, and kept in the cache; beside what the program sends stands the closed form of that layout.
+Every chip keeps 2,048 tokens: what weights send does not depend on it, the exchange of embeddings grows with
+it. Weights, gradients and optimizer state are split over at most 64 chips (`fsdp` x `expert`, which a dense
+model has no other use for) and copied over the rest (`data`), so that what a chip sends stays the same but
+for the sums over copies. Each size is compiled whole, all 32 layers, some minutes on one core, and kept in
+the cache; beside what the program sends stands the closed form of that layout.
 """
 
 import argparse
@@ -35,7 +36,8 @@ SIZES = {
     4096: ("v5p:16x16x16", 64, 16, 4),
 }
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all")
-ROWS, LENGTH = 4, 8192  # of a chip
+ROWS, LENGTH = 4, 512  # of a chip
+RING = 4  # chips in a row that v5p closes to a ring, and multiples
 
 
 def scaled(chips: int, backend: str) -> tuple[RunConfig, Topology]:
@@ -49,39 +51,47 @@ def scaled(chips: int, backend: str) -> tuple[RunConfig, Topology]:
     )
 
 
-def closed_form(cfg: RunConfig, slice_chips: int) -> dict[str, float]:
+def closed_form(cfg: RunConfig, hardware: Topology) -> dict[str, float]:
     """Bytes that a chip sends in a step by kind of collective, from shapes alone.
 
-    With p the chips that share one copy of the weights, d = `data` copies, w the bytes of the weights in
-    bfloat16: a block's weights are gathered forward and backward, 2 (p - 1) / p w, and their gradients
-    scattered, (p - 1) / p w, one mesh axis after the other. The last step of a scatter whose part is narrower
-    than 128 lanes is a sum of the whole, twice the bytes. The unembedding is gathered once, its gradient
-    scattered once, over all p at once: as sums, twice the bytes, where p fills the torus. Gradients are then
-    summed over copies, 2 (d - 1) / d w / p. Embeddings travel to and fro, an exchange along each axis.
+    With p = a b the chips that share one copy of the weights (a `fsdp`, b `expert`), d `data` copies, w bytes
+    of the blocks' weights in bfloat16, h those of the unembedding:
+
+        gathered    2 (p - 1) / p w, forward and backward, and (p - 1) / p h unless p fills a torus of rings
+        scattered   (a - 1) / a w, and (b - 1) / b w / a if there is one copy
+        summed      2 (b d - 1) / (b d) w / a if there are several: over copies and the inner axis at once;
+                    2 (p d - 1) / (p d) h for its gradient, 2 (p - 1) / p h where it is gathered by a sum;
+                    2 (d - 1) / d of an embedding's part in float32
+        exchanged   an embedding's rows, to and fro along both axes
+
+    The second step of a scatter whose part is narrower than 128 lanes is a sum too.
     """
     model, mesh = cfg.model, cfg.mesh
-    axes = {name: n for name, n in (("fsdp", mesh.fsdp), ("expert", mesh.expert)) if n > 1}
-    p, d = math.prod(axes.values()), mesh.data
-    out, total = dict.fromkeys(KINDS, 0.0), 0.0
+    a, b, d = mesh.fsdp, mesh.expert, mesh.data
+    p = a * b
+
+    def part(n: int) -> float:
+        return (n - 1) / n
+
+    out = dict.fromkeys(KINDS, 0.0)
     for name, leaf in named_leaves(abstract_params(model)):
         logical, size = leaf_axes(name, len(leaf.shape), AXES), 2.0 * math.prod(leaf.shape)
         if "embed" not in logical:  # norms
             continue
-        total += size
-        if name.startswith("head"):
-            sums_alone = p == slice_chips
-            out["all-reduce" if sums_alone else "all-gather"] += (1 + sums_alone) * (p - 1) / p * size
-            out["all-reduce" if sums_alone else "reduce-scatter"] += (1 + sums_alone) * (p - 1) / p * size
-        elif not name.startswith("embed"):
-            out["all-gather"] += 2 * (p - 1) / p * size
-            parts = 1
-            for n in axes.values():
-                sent, parts = (n - 1) / n * size / parts, parts * n
-                narrow = logical[-1] == "embed" and model.model_dim / parts < LANES
-                out["all-reduce" if narrow else "reduce-scatter"] += (1 + narrow) * sent
-    out["all-reduce"] += 2 * (d - 1) / d * total / p
+        if name.startswith("embed"):
+            out["all-reduce"] += 2 * part(d) * 2 * size / p
+        elif name.startswith("head"):
+            filled = p == hardware.num_chips and all(n % RING == 0 for n in hardware.shape)
+            out["all-reduce" if filled else "all-gather"] += (2 if filled else 1) * part(p) * size
+            out["all-reduce"] += 2 * part(p * d) * size
+        else:
+            out["all-gather"] += 2 * part(p) * size
+            out["reduce-scatter"] += part(a) * size
+            narrow = logical[-1] == "embed" and model.model_dim / p < LANES
+            summed = d > 1 or narrow
+            out["all-reduce" if summed else "reduce-scatter"] += (2 if summed else 1) * part(b * d) * size / a
     tokens = ROWS * LENGTH * model.model_dim * np.dtype(model.dtype).itemsize
-    out["all-to-all"] = 2 * sum((n - 1) / n for n in axes.values()) * tokens
+    out["all-to-all"] = 2 * (part(a) + part(b)) * tokens
     return out
 
 
@@ -107,7 +117,7 @@ def plot(rows: dict[int, tuple[dict[str, float], dict[str, float]]], path: Path)
     form = [sum(guess.values()) / 1e9 for _, guess in rows.values()]
     axis.plot(at, form, "k_", markersize=34, markeredgewidth=2, label="closed form")
     axis.set_xticks(at, [f"{chips:,}" for chips in rows])
-    axis.set_xlabel("chips (TPU v5p), 32,768 tokens each")
+    axis.set_xlabel("chips (TPU v5p)")
     axis.set_ylabel("GB that a chip sends in a step")
     axis.set_title("8B, weights over 64 chips at most: weak scaling in the compiled program", fontsize=10)
     axis.set_ylim(0, max(bottom.max(), max(form)) * 1.3)
@@ -137,7 +147,7 @@ def main() -> int:
     for chips in chosen:
         cfg, hardware = scaled(chips, args.backend)
         facts, _ = facts_of(cfg, hardware, cache)
-        real, guess = measured(facts), closed_form(cfg, hardware.num_chips)
+        real, guess = measured(facts), closed_form(cfg, hardware)
         rows[chips] = (real, guess)
         errors = {kind: abs(real[kind] / guess[kind] - 1) for kind in KINDS}
         worst = max(worst, *errors.values())

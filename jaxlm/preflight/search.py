@@ -121,8 +121,8 @@ def ranking_table(compiled: Sequence[Candidate], estimated: Sequence[Candidate],
 def flags(overrides: Mapping[str, Any]) -> str:
     """The overrides as flags of the command line, for a shell.
 
-    >>> flags({"mesh.fsdp": 64, "mesh.rules": (("embed", "data fsdp"),)})
-    '--config.mesh.fsdp=64 \'--config.mesh.rules=(("embed", "data fsdp"),)\''
+    >>> print(flags({"mesh.fsdp": 64, "mesh.rules": (("embed", "data fsdp"),)}))
+    --config.mesh.fsdp=64 '--config.mesh.rules=(("embed", "data fsdp"),)'
     """
 
     def text(value: Any) -> str:

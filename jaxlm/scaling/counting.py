@@ -317,6 +317,8 @@ def count(cfg: ModelConfig, seq_len: int, input_len: int = 0) -> Counts:
 
 # --- Memory ---
 
+RINGS = 64  # chips of the smallest torus that is closed in all its dimensions
+
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
@@ -412,7 +414,8 @@ def memory(
     period = cfg.layer_kinds[cfg.first_dense : cfg.first_dense + cfg.period] if cfg.remat != "none" else ()
     fullest = max([*layers.values(), sum(layers[kind] for kind in period)])
     logit_tokens = min(logit_tokens or tokens, tokens)
-    head_grad, logits, head = head_bytes(cfg, logit_tokens=logit_tokens, **where)
+    filled = layout is not None and RINGS <= layout.mesh.size == shards["embed"]
+    head_grad, logits, head = head_bytes(cfg, logit_tokens=logit_tokens, filled=filled, **where)
     narrow = np.dtype(cfg.dtype).itemsize
     cast = [
         count * narrow * (narrow < itemsize)

@@ -6,19 +6,22 @@ heads, f its MLP width:
 
     casts   s a weight: blocks are cast to the compute dtype once, before the loop over layers
     layer   t (4 f s + (2 n H + 2 k H + D) s + 512 n) + s (2 D f + (2 n + 2 k) H D) + r D f
-    head    4 V D + 2 s V D + 8 t' V + 3 t D s
+    head    4 V D + s V D + 8 t' V + 3 t D s, and s V D more where it is gathered over a whole torus
     update  4 a parameter: the updates, until their norm is known
 
 `layer` is a dense layer in the middle of its backward pass: what its MLP computes and the gradients of that,
 queries, keys, values, attention's result, and a logsumexp a query that the splash kernel writes on 128 lanes
 in fp32; two of three MLP matrices gathered, and the gradient of one whole before it is scattered (r bytes a
 weight). A backend that writes scores out holds them, in fp32 and twice, where a kernel holds its logsumexp.
+Where `tensor` splits the stream between blocks, six arrays of all its columns are there and not one: what
+both branches are given and return, gathered, and their gradients.
 
 Of a mixture of experts f is the width of the k experts of a token together: three products of it in fp32 and
-in the compute dtype, the rows that are sent twice, and all matrices of all own experts, gathered.
+in the compute dtype, the rows that are sent twice, and all matrices of all own experts, gathered. In rounds,
+rows are fewer, matrices there twice, and their gradients summed in fp32.
 
 `head` is the loss: the gradient of the unembedding, whole and in fp32 (it may stay until the backward pass is
-over), the gathered matrix and what it is gathered from, the logits of t' tokens and their gradient, and
+over), the gathered matrix (and what a sum gathers it from), the logits of t' tokens and their gradient, and
 hidden states in three copies.
 """
 
@@ -80,7 +83,8 @@ def layer_bytes(
     else:
         scores = 4 * LANES * n
     width = (n + k) * (H + cfg.value_dim)  # of queries, keys, values and the result
-    attention = s * (width + D) + scores
+    streams = 6 if shards["residual"] > shards["length"] else 1
+    attention = s * (width + streams * D) + scores
     matrices, heads = 3 if gated else 2, s * width * D
     if kind[1] == "dense":
         mlp, gathered = s * (matrices + 1) * f, s * (matrices - 1) * D * f + heads
@@ -91,12 +95,13 @@ def layer_bytes(
     # Products are summed in fp32, and then cast; where tokens travel there is room for more than they need.
     rows = sent * ((4 + s) * matrices * expert + 2 * s * D)
     room = cfg.moe.buffer_factor or owners * min(sent, local) / sent if owners > 1 else 1
-    other = attention + s * ((matrices + 1) * shared + D)
-    return tokens * (other + room * rows) + (whole + heads if moved else 0)
+    other, rounds = attention + s * ((matrices + 1) * shared + D), cfg.moe.rounds
+    gathered = (whole + heads if moved else 0) + (whole * (1 + 4 / s) if rounds > 1 else 0)
+    return tokens * (other + room * rows / rounds) + gathered
 
 
 def head_bytes(
-    cfg: TransformerConfig, *, tokens: int, logit_tokens: int, shards: Mapping[str, int]
+    cfg: TransformerConfig, *, tokens: int, logit_tokens: int, shards: Mapping[str, int], filled: bool
 ) -> tuple[float, float, float]:
     """`(whole gradient of the unembedding, logits, the rest)` of the loss.
 
@@ -105,8 +110,9 @@ def head_bytes(
         tokens: of a device and microbatch.
         logit_tokens: of those whose logits exist at a time.
         shards: logical axis -> parts.
+        filled: the matrix is gathered over a whole torus, by a sum.
     """
     s, parts = np.dtype(cfg.dtype).itemsize, shards["vocab"]
     matrix = cfg.vocab_size * cfg.model_dim / parts
-    gathered = 2 * s * matrix if shards["embed"] > 1 else 0.0
+    gathered = (2 if filled else 1) * s * matrix if shards["embed"] > 1 else 0.0
     return 4 * matrix, 8 * logit_tokens * cfg.vocab_size / parts, gathered + 3 * tokens * cfg.model_dim * s

@@ -130,7 +130,7 @@ def test_a_mesh_that_is_left_to_us(llama):
     assert resolve_mesh(llama, "TPU v5", 64) is llama
     narrow = dataclasses.replace(llama, mesh=MeshConfig(reduce_dtype="bfloat16"))
     for kind, chip, count, slices in (("TPU v5", V5P, 64, 1), ("TPU v6 lite", CHIPS["v6e"], 512, 2)):
-        rows = dataclasses.replace(llama.data, batch_size=512)
+        rows = dataclasses.replace(llama.data, batch_size=count)
         cfg, same = (dataclasses.replace(c, data=rows) for c in (auto, narrow))
         mesh = resolve_mesh(cfg, kind, count, slices).mesh
         assert mesh == choose_mesh(same, chip, count, slices)
