@@ -413,6 +413,8 @@ def make(case: str, folder: Path) -> Any:
                 p.copy_(0.3 * torch.randn(p.shape) + (1.0 if "norm" in name or "ln_" in name else 0.0))
             else:
                 p.copy_(torch.randn(p.shape) * (0.5 if "embed" in name else 1.5 * p.shape[-1] ** -0.5))
+            if name.endswith("Attention.q.weight"):  # T5 does not scale its scores: its weights do
+                p.mul_(config.d_kv**-0.5)
         for name, b in model.named_buffers():
             if "correction_bias" in name:
                 b.copy_(0.1 * torch.randn(b.shape))
