@@ -216,10 +216,12 @@ def _class_of(family: Family, cfg: TransformerConfig, hf: HFConfig) -> str:
     """The family's own class if that is what stands on the model, else the first of its classes that does."""
     if not family.tops:
         return family.architecture
-    parts = ("head_transform", *(f"readout.{field.name}" for field in dataclasses.fields(ReadoutConfig)))
+    read = {name: top.read(hf) for name, top in family.tops.items()}
+    parts = {"head_transform", *(f"readout.{field.name}" for field in dataclasses.fields(ReadoutConfig))}
+    parts |= set.intersection(*map(set, read.values()))  # and what every class decides
     ours, bare = ({part: _at(c, part) for part in parts} for c in (cfg, TransformerConfig()))
     for name in (family.architecture, *family.tops):
-        if {**bare, **family.tops[name].read(hf)}.items() >= ours.items():
+        if {**bare, **read[name]}.items() >= ours.items():
             return name
     raise UserError(f"no {family.model_type} class has on top what this model has: {ours}")
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxlm.errors import check, check_choice
-from jaxlm.hf.family import Family, Fields, HFConfig
+from jaxlm.hf.family import Family, Fields, HFConfig, Top
 from jaxlm.hf.fields import PLAIN, activation, activation_name, refuse
 from jaxlm.hf.gpt_like import biases
 from jaxlm.hf.packing import Packing, linear, row, same
@@ -204,20 +204,23 @@ def _plain_keys(cfg: TransformerConfig) -> dict[str, Any]:
     return {"activation_function": activation_name(cfg, PLAIN), "is_encoder_decoder": True}
 
 
-def _post(hf: HFConfig, name: str, *, embed_norm: bool) -> Fields:
-    """BART's and Marian's; the class without a head has no bias on the logits either."""
+def _tops(whole: str, bare: str) -> dict[str, Top]:
+    """The class without a head has no bias on the logits either."""
+    return {
+        whole: Top("vocabulary", lambda hf: {"head_bias": True}),
+        bare: Top("", lambda hf: {"head_bias": False}),
+    }
+
+
+def _post(hf: HFConfig, *, embed_norm: bool) -> Fields:
+    """BART's and Marian's."""
     refuse(hf, normalize_before=False, add_final_layer_norm=False, add_bias_logits=False)
     refuse(hf, normalize_embedding=embed_norm)
     return {
         **_plain(hf),
         "norm_position": "post",
         "embed_norm": embed_norm,
-        "head_bias": hf.get("architectures") != [f"{name}Model"],
     }
-
-
-def _post_keys(cfg: TransformerConfig, name: str) -> dict[str, Any]:
-    return {**_plain_keys(cfg), **({} if cfg.head_bias else {"architectures": [f"{name}Model"]})}
 
 
 _BART = Family(
@@ -225,14 +228,14 @@ _BART = Family(
     "BartForConditionalGeneration",
     {"vocab_size": "vocab_size", "max_position_embeddings": "position.max_length", **_KEYS},
     lambda hf: {
-        **_post(hf, "Bart", embed_norm=True),
+        **_post(hf, embed_norm=True),
         "position.kind": "learned",
         "position.offset": 2,
     },
-    lambda cfg: _post_keys(cfg, "Bart"),
+    _plain_keys,
     {_TABLE: same("embed/table"), **_tensors()},
     defaults={**_DEFAULTS, "scale_embedding": False},
-    bare=("BartModel",),
+    tops=_tops("BartForConditionalGeneration", "BartModel"),
     aliases={_TABLE: tuple(f"model.{name}" for name in _COPIES)},
     ignored=(r"\.version$",),
 )
@@ -242,7 +245,7 @@ def _marian(hf: HFConfig) -> Fields:
     refuse(hf, static_position_embeddings=True)
     shared = hf["share_encoder_decoder_embeddings"]
     return {
-        **_post(hf, "Marian", embed_norm=False),
+        **_post(hf, embed_norm=False),
         "position.kind": "sinusoidal",
         "position.sines": "halves",
         "vocab_size": hf["vocab_size"] if shared else hf.get("decoder_vocab_size") or hf["vocab_size"],
@@ -252,7 +255,7 @@ def _marian(hf: HFConfig) -> Fields:
 
 def _marian_keys(cfg: TransformerConfig) -> dict[str, Any]:
     return {
-        **_post_keys(cfg, "Marian"),
+        **_plain_keys(cfg),
         "vocab_size": cfg.encoder.vocab_size or cfg.vocab_size,
         "decoder_vocab_size": cfg.vocab_size,
         "share_encoder_decoder_embeddings": not cfg.encoder.vocab_size,
@@ -274,7 +277,7 @@ _MARIAN = Family(
     _marian_keys,
     _tensors(),
     defaults={**_DEFAULTS, "scale_embedding": False, "share_encoder_decoder_embeddings": True},
-    bare=("MarianModel",),
+    tops=_tops("MarianMTModel", "MarianModel"),
     aliases={_TABLE: tuple(f"model.{name}" for name in _COPIES)},
     ignored=(r"embed_positions\.weight$",),
     alternatives=_marian_tables,

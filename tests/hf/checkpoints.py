@@ -401,6 +401,8 @@ def make(case: str, folder: Path) -> Any:
         model = getattr(transformers, top[0])._from_config(config).float().eval()
     else:
         model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    if "forced_bos_token_id" in fields:
+        model.generation_config.forced_bos_token_id = fields["forced_bos_token_id"]
     if case.endswith("-untied"):  # as the published ones are, whatever the class makes of its config
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
     with torch.no_grad():
