@@ -415,3 +415,17 @@ def test_impossible_attention_is_refused_by_name(change, words):
         AttentionConfig(**change)
     for word in words:
         assert word in str(error.value)
+
+
+def test_many_cotangents_at_once_give_the_gradients_of_one_by_one():
+    """Of products of many small matrices, which XLA:CPU of jaxlib 0.10 gets wrong by default."""
+    cfg = tf.TransformerConfig(
+        vocab_size=50, num_layers=2, model_dim=16, attention=AttentionConfig(num_heads=2)
+    )
+    params = tf.init(cfg, jax.random.key(0))
+    tokens_BT = jax.random.randint(jax.random.key(1), (8, 24), 0, 50)
+    gradient = lambda c_T: jax.vjp(lambda p: tf.apply(cfg, p, tokens_BT)[0].sum(-1)[0], params)[1](c_T)[0]  # noqa: E731
+    many = jax.jit(jax.vmap(gradient))(jnp.eye(24))
+    one = jax.jit(gradient)(jnp.eye(24)[20])
+    for (name, want), (_, got) in zip(named_leaves(one), named_leaves(many), strict=True):
+        np.testing.assert_allclose(got[20], want, atol=1e-5 * float(jnp.abs(want).max() + 1e-6), err_msg=name)
