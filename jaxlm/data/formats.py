@@ -195,7 +195,9 @@ def _two_segments(cfg: DataConfig, tokenizer: Tokenizer, ids: pieces.Specials) -
         if not isinstance(plan, PadPlan):
             raise TypeError(f"pairs are of documents, not of a {type(plan).__name__}")
         own, count = plan.document(row), plan.num_documents
-        check(count > 1, "data.format='nsp' takes a text's wrong successor from another document; there is one")
+        check(
+            count > 1, "data.format='nsp' takes a text's wrong successor from another document; there is one"
+        )
         rows = plan.rows_of((own + 1 + int(rng.integers(count - 1))) % count)
         text = source.text(int(rng.integers(rows.start, rows.stop)), ids.eos)
         starts = np.concatenate([[0], np.flatnonzero(pieces.of_tokens(ends_V, text)[:-1]) + 1])

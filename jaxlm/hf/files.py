@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,13 @@ def _shards(folder: Path) -> list[Path]:
     raise UserError(f"{folder} holds neither {SINGLE} nor {INDEX}{hint}")
 
 
+def _modern(name: str) -> str:
+    """A norm's parameters as they are called today; the first files of BERT have gamma and beta."""
+    return re.sub(
+        r"LayerNorm\.beta$", "LayerNorm.bias", re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
+    )
+
+
 @contextlib.contextmanager
 def open_folder(folder: Path) -> Iterator[Source]:
     """A folder as `transformers` writes it.
@@ -95,9 +103,9 @@ def open_folder(folder: Path) -> Iterator[Source]:
         where, shapes, dtypes = {}, {}, {}
         for path in _shards(folder):
             file = stack.enter_context(_safe_open(path))
-            for name in file.keys():  # noqa: SIM118  the file is no mapping
-                part = file.get_slice(name)
-                where[name], shapes[name] = file, tuple(part.get_shape())
+            for there in file.keys():  # noqa: SIM118  the file is no mapping
+                part, name = file.get_slice(there), _modern(there)
+                where[name], shapes[name] = (file, there), tuple(part.get_shape())
                 dtypes[part.get_dtype()] = dtypes.get(part.get_dtype(), 0) + int(np.prod(shapes[name]))
         names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
         method = (config.get("quantization_config") or {}).get("quant_method")
@@ -108,7 +116,8 @@ def open_folder(folder: Path) -> Iterator[Source]:
         others = {kind: n for kind, n in dtypes.items() if not (kind == "U8" and method == PACKED)}
         most = max(others, key=others.__getitem__, default="F32")
         check(most in names, f"{folder}: tensors of type {most} cannot be read, only {', '.join(names)}")
-        yield Source(folder, config, shapes, names[most], lambda name: where[name].get_tensor(name))
+        read = lambda name: where[name][0].get_tensor(where[name][1])  # noqa: E731
+        yield Source(folder, config, shapes, names[most], read)
 
 
 def write_folder(

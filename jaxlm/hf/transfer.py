@@ -104,6 +104,7 @@ def names_in(family: Family, entries: dict[str, Entry], source: Source) -> dict[
 
     Raises:
         UserError: the file's tensors are not these; the message lists missing, surplus and misshapen ones.
+            Heads of other classes of the family are no surplus: they are left in the file.
     """
     bare = not any(name.startswith(family.prefix) for name in source.shapes)
     in_file = lambda name: name.removeprefix(family.prefix) if bare else name  # noqa: E731
@@ -115,6 +116,8 @@ def names_in(family: Family, entries: dict[str, Entry], source: Source) -> dict[
         copies |= set(others)
     known = set(names.values())
     ignored = [re.compile(pattern) for pattern in family.ignored]
+    # What another class of the family puts on top: files of a base model often hold what it was trained with.
+    copies |= {in_file(name) for top in family.tops.values() for name in top.tensors}
     # A tied head is the table, whether or not the file holds it once more.
     spare = copies | {name for name in source.shapes if re.search(_TIED, name)}
     missing = [name for name in names.values() if name not in source.shapes]

@@ -85,6 +85,33 @@ def test_what_is_missing_surplus_and_misshapen_is_listed(folder, tmp_path):
     assert "model.norm.weight has shape [31], the config asks for [32]" in text
 
 
+def test_a_masked_model_may_come_with_what_it_was_trained_with(tmp_path):
+    """As the first BERT's files do: a pooler, next sentences, and norms of gamma and beta."""
+    encoder = dict(
+        causal=False, norm="layernorm", norm_position="post", embed_norm=True, activation="gelu"
+    )
+    head = dict(head_transform=True, head_bias=True, tie_embeddings=True, token_types=2, mlp_bias=True)
+    attention = AttentionConfig(num_heads=2, qkv_bias=True, out_bias=True)
+    position = PositionConfig(kind="learned", max_length=16)
+    cfg = TransformerConfig(
+        vocab_size=40, num_layers=1, model_dim=16, attention=attention, position=position, **encoder, **head
+    )
+    params = transformer.init(cfg, jax.random.key(0))
+    save(Pretrained(cfg, params, FAMILIES["bert"], {}), tmp_path / "new")
+    old = {}
+    for name, x in load_file(tmp_path / "new" / "model.safetensors").items():
+        old[
+            name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+        ] = x
+    assert any("gamma" in name for name in old)
+    old["bert.pooler.dense.weight"] = old["cls.seq_relationship.weight"] = np.zeros((16, 16), np.float32)
+    (tmp_path / "config.json").write_text((tmp_path / "new" / "config.json").read_text())
+    save_file(old, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    ids = np.arange(10).reshape(2, 5)
+    first, second = jaxlm.hf.load(tmp_path / "new"), jaxlm.hf.load(tmp_path)
+    np.testing.assert_array_equal(first.logits(ids), second.logits(ids))
+
+
 def test_files_of_the_bare_model_go_without_the_prefix(folder, tmp_path):
     def change(tensors):
         for name in list(tensors):
