@@ -87,9 +87,7 @@ def test_what_is_missing_surplus_and_misshapen_is_listed(folder, tmp_path):
 
 def test_a_masked_model_may_come_with_what_it_was_trained_with(tmp_path):
     """As the first BERT's files do: a pooler, next sentences, and norms of gamma and beta."""
-    encoder = dict(
-        causal=False, norm="layernorm", norm_position="post", embed_norm=True, activation="gelu"
-    )
+    encoder = dict(causal=False, norm="layernorm", norm_position="post", embed_norm=True, activation="gelu")
     head = dict(head_transform=True, head_bias=True, tie_embeddings=True, token_types=2, mlp_bias=True)
     attention = AttentionConfig(num_heads=2, qkv_bias=True, out_bias=True)
     position = PositionConfig(kind="learned", max_length=16)

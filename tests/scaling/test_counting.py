@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
-from jaxlm.model import encoder_decoder
+from jaxlm.model import encoder_decoder, transformer
 from jaxlm.model.attention import AttentionConfig, LatentConfig
 from jaxlm.model.config import EncoderConfig
 from jaxlm.model.masks import Mask
@@ -174,9 +174,8 @@ def test_every_name_of_the_model_is_known():
 
 
 def test_an_unknown_leaf_is_refused(monkeypatch):
-    monkeypatch.setattr(
-        counting, "abstract_params", lambda cfg: {"blocks": {"0": {"mlp": {"w_new": jnp.zeros((2, 2))}}}}
-    )
+    tree = {"blocks": {"0": {"mlp": {"w_new": jnp.zeros((2, 2))}}}}
+    monkeypatch.setattr(transformer, "abstract_params", lambda cfg: tree)
     with pytest.raises(ValueError, match="blocks/0/mlp/w_new"):
         weights.__wrapped__(SMALL)  # not the remembered count
 
