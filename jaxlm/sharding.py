@@ -485,8 +485,7 @@ def describe(layout: Layout, tree: Any, table: Mapping[str, tuple[str | None, ..
     for name, leaf in named_leaves(tree):
         axes = leaf_axes(name, len(leaf.shape), table)
         check_divisible(layout, name, leaf.shape, axes)
-        parts = int(np.prod([1 if a is None else layout.shards(a) for a in axes], dtype=np.int64))
-        total = int(np.prod(leaf.shape, dtype=np.int64)) * np.dtype(leaf.dtype).itemsize
+        own = math.prod(layout.sharding(axes).shard_shape(tuple(leaf.shape)))
         rows.append(
             LeafLayout(
                 name=name,
@@ -495,7 +494,7 @@ def describe(layout: Layout, tree: Any, table: Mapping[str, tuple[str | None, ..
                 axes=axes,
                 spec=layout.spec(axes),
                 compute=layout.spec(axes, compute=True),
-                bytes_per_device=total // parts,
+                bytes_per_device=own * np.dtype(leaf.dtype).itemsize,
             )
         )
     return rows

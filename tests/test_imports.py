@@ -54,7 +54,8 @@ TOP = {
 }
 TOP |= {f"{name}/{path.stem}" for name in ("sweep", "preflight") for path in (PACKAGE / name).glob("*.py")}
 # The rest of scaling, which fits laws to tables, runs on numpy and scipy and sees only itself and the errors.
-WITH_JAX = {"scaling/recurrent", "scaling/counting", "scaling/count_tables", "scaling/working_set"}
+WITH_JAX = {"scaling/counting", "scaling/count_tables"}
+WITH_JAX |= {"scaling/memory", "scaling/recurrent", "scaling/working_set"}
 FOREIGN = {"experiments", "tools", "tests"}
 
 

@@ -1,6 +1,6 @@
 """What a layout will cost, without compiling it: memory, traffic and time in closed form, and the best mesh.
 
-Memory is `scaling.counting.memory`. Traffic of one device and step, with w the bytes of its share of the
+Memory is `scaling.memory.memory`. Traffic of one device and step, with w the bytes of its share of the
 parameters in the compute dtype as the axis gathers them, g the same in `mesh.reduce_dtype`, M microbatches,
 x = tokens of the device x D x bytes of an activation, L layers, n the size of the axis:
 
@@ -31,7 +31,7 @@ from jaxlm.chips import Chip, chip_of_kind
 from jaxlm.config import RunConfig
 from jaxlm.errors import UserError
 from jaxlm.mesh_rules import preset
-from jaxlm.scaling.counting import Memory
+from jaxlm.scaling.memory import Memory
 from jaxlm.sharding import MESH_AXES, MeshConfig
 from jaxlm.train.run import plan
 

@@ -14,6 +14,7 @@ from jaxlm.preflight.compiled import Facts, Row
 from jaxlm.preflight.roofline import Roofline, dcn_seconds, ici_seconds, roofline
 from jaxlm.preflight.topology import Topology, on_slices
 from jaxlm.scaling import counting
+from jaxlm.scaling.memory import Memory
 from jaxlm.train.metrics import format_count, format_seconds
 from jaxlm.train.run import plan
 
@@ -36,7 +37,7 @@ class Report:
     model_flops: float  # exact training FLOPs of a step
     hardware_flops: float  # with masked scores and rematerialisation
     counts: counting.Counts
-    estimate: counting.Memory  # the analytic model's
+    estimate: Memory  # the analytic model's
     facts: Facts
     time: Roofline | None  # None: no chip, or no program
     price: float  # of an hour of a chip; 0 = not asked

@@ -2,7 +2,8 @@
 
 from rich.table import Table
 
-from jaxlm.scaling.counting import Counts, Memory
+from jaxlm.scaling.counting import Counts
+from jaxlm.scaling.memory import Memory
 
 
 def tables(counts: Counts, estimate: Memory | None = None) -> list[Table]:

@@ -9,8 +9,8 @@ import numpy as np
 
 from jaxlm.model import lstm
 from jaxlm.model.recurrence import LSTMConfig
-from jaxlm.scaling.counting import Memory, sizes
-from jaxlm.sharding import Layout, tree_shardings
+from jaxlm.scaling.memory import Memory, state_bytes
+from jaxlm.sharding import Layout
 from jaxlm.tree import nbytes
 
 
@@ -25,15 +25,15 @@ def memory(
     logit_tokens: int = 0,
     input_len: int = 0,
 ) -> Memory:
-    """Estimated bytes per device; arguments as of `counting.memory`.
+    """Estimated bytes per device; arguments as of `scaling.memory.memory`.
 
     A layer keeps s D + (13 a + 4) D a token for the backward pass, s and a the bytes of the compute dtype and
     of the states; under `full` remat s D, and the rest of one layer at a time. Both directions of an
     encoder's layer count as one.
     """
     params = lstm.abstract_params(dataclasses.replace(cfg, remat="none"))
-    split = sizes(params, None if layout is None else tree_shardings(layout, params, lstm.AXES))
-    elements, held = sum(n for n, _ in split), sum(n * itemsize for n, itemsize in split)
+    state = state_bytes(params, lstm.AXES, layout=layout, opt_state=opt_state, microbatches=microbatches)
+    elements = state["update"] // 4
     ways = 1 if layout is None else layout.shards("batch")
     rows, own_rows = math.ceil(batch_size / (microbatches * ways)), math.ceil(batch_size / ways)
     s, a = (np.dtype(dtype).itemsize for dtype in (cfg.dtype, cfg.accum_dtype))
@@ -44,15 +44,12 @@ def memory(
     tokens = rows * seq_len
     head, V = cfg.vocab_size * cfg.model_dim, cfg.vocab_size
     return Memory(
-        params=held,
-        grads=held + (4 * elements if microbatches > 1 else 0),
-        opt_state=8 * elements if opt_state is None else sum(n * size for n, size in sizes(opt_state, None)),
+        **state,
         activations=kept + (rows * columns * states if cfg.remat == "none" else 0),
         casts=elements * s * (s < np.dtype(cfg.param_dtype).itemsize),
         layer=one,
         head_grad=4 * head,
         logits=8 * min(logit_tokens or tokens, tokens) * V,
         head=s * (head + tokens * cfg.model_dim),
-        update=4 * elements,
         kv_cache=nbytes(jax.eval_shape(lambda: lstm.init_cache(cfg, own_rows, seq_len, input_len))),
     )

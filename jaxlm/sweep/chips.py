@@ -24,7 +24,8 @@ from jaxlm.chips import Chip
 from jaxlm.config import RunConfig, canonical_json, to_dict
 from jaxlm.data.packing import Batch, empty_batch, finish_batch
 from jaxlm.errors import UserError, check
-from jaxlm.scaling.counting import Memory, count
+from jaxlm.scaling.counting import count
+from jaxlm.scaling.memory import Memory
 from jaxlm.sharding import make_layout, use
 from jaxlm.train.feed import place_batch
 from jaxlm.train.programs import numbers_of, programs

@@ -38,6 +38,8 @@ from jaxlm.model.models import ModelConfig, functions
 from jaxlm.model.recurrence import LSTMConfig
 from jaxlm.optim import OptimConfig, ema_params, make_schedule
 from jaxlm.scaling import counting, recurrent
+from jaxlm.scaling.memory import Memory
+from jaxlm.scaling.memory import memory as transformer_memory
 from jaxlm.sharding import MESH_AXES, Layout, LeafLayout, MeshConfig, describe, make_layout, use
 from jaxlm.train.branch import Branch, find_branch, restore_branch
 from jaxlm.train.checkpoint import Checkpointer, step_dirs
@@ -432,7 +434,7 @@ class Plan:
 
     mesh_shape: Mapping[str, int]
     counts: counting.Counts
-    memory: counting.Memory  # bytes per device, estimated
+    memory: Memory  # bytes per device, estimated
     leaves: Sequence[LeafLayout]  # of the parameters
     tokens_per_step: int
     tokens: int  # of the whole run
@@ -471,7 +473,7 @@ def plan(cfg: RunConfig, *, num_devices: int | None = None) -> Plan:
     state = _planned_state(model, shape_of(cfg.optim), cfg.mesh, num_devices)
     rows = cfg.data.batch_size // (cfg.train.microbatches * layout.shards("batch"))
     columns = cfg.data.seq_len // layout.shards("length")
-    memory_of = recurrent.memory if isinstance(cfg.model, LSTMConfig) else counting.memory
+    memory_of = recurrent.memory if isinstance(cfg.model, LSTMConfig) else transformer_memory
     memory = memory_of(
         cfg.model,
         batch_size=cfg.data.batch_size,

@@ -12,7 +12,7 @@ from jaxlm.model import transformer as tf
 from jaxlm.model.attention import AttentionConfig, Context, LatentConfig
 from jaxlm.model.latent_attention import LatentAttention
 from jaxlm.model.positions import rope_frequencies, rope_tables
-from jaxlm.scaling.counting import memory
+from jaxlm.scaling.memory import memory
 from jaxlm.tree import map_named
 
 B, T, D, N = 2, 7, 24, 3

@@ -25,9 +25,9 @@ from jaxlm.scaling.counting import (
     forward_flops,
     hardware_flops,
     mean_keys,
-    memory,
     weights,
 )
+from jaxlm.scaling.memory import memory
 from jaxlm.sharding import Layout, MeshConfig, describe, make_layout, make_mesh
 from jaxlm.train.state import abstract_state
 from jaxlm.tree import named_leaves, nbytes, size
