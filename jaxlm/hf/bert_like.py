@@ -106,7 +106,7 @@ IGNORED = (r"position_ids$", r"^cls\.predictions\.bias$", r"^predictions\.bias$"
 
 def _bert_family() -> Family:
     dense = pooler("bert.pooler.dense")
-    next_sentence = rows({**dense, **classes("cls.seq_relationship")}, dense="tanh", number=2)
+    next_sentence = rows({**dense, **classes("cls.seq_relationship")}, dense="tanh", number=2, pairs=True)
     tops = encoder_tops(
         "Bert",
         head=PREDICTIONS,

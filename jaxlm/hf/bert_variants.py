@@ -64,7 +64,7 @@ def _albert_keys(cfg: TransformerConfig) -> dict[str, Any]:
 def _albert_family() -> Family:
     head = vocabulary("predictions.dense", "predictions.LayerNorm", "predictions.decoder")
     dense = pooler("albert.pooler")
-    order = rows({**dense, **classes("sop_classifier.classifier")}, dense="tanh")
+    order = rows({**dense, **classes("sop_classifier.classifier")}, dense="tanh", pairs=True)
     parts = {
         "q": "attention.query",
         "k": "attention.key",

@@ -25,6 +25,7 @@ class Top:
     read: Callable[[HFConfig], Fields] = lambda hf: {}  # fields of ours, over the family's own
     tensors: Mapping[str, Packing] = dataclasses.field(default_factory=dict)  # beside the family's
     flat: bool = False  # its outputs have no axis for its one class
+    pairs: bool = False  # its classes say how two sentences go together
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,19 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jaxlm.errors import UserError, check
-from jaxlm.generate.decode import Generator
-from jaxlm.generate.decoder import decoder
 from jaxlm.generate.sampling import SampleConfig
+from jaxlm.hf.calls import (
+    Ids,
+    Settings,
+    beside,
+    continued,
+    counted,
+    generators,
+    ids_of,
+    masked,
+    streams,
+    unpadded,
+)
 from jaxlm.hf.families import family_of
 from jaxlm.hf.family import Family, read_config, write_config
 from jaxlm.hf.files import Source, open_folder, read_json, write_folder
@@ -25,12 +35,10 @@ from jaxlm.hf.mxfp4 import unpacked
 from jaxlm.hf.seq2seq import Seq2Seq
 from jaxlm.hf.transfer import read_params, tensors_of
 from jaxlm.model import heads, transformer
-from jaxlm.model.activations import activations
 from jaxlm.model.config import TransformerConfig
 from jaxlm.sharding import Layout, use
 
 _GENERATION = "generation_config.json"
-Ids = Int[np.ndarray, "B T"]
 
 
 @contextlib.contextmanager
@@ -76,12 +84,11 @@ def load(
         cfg = dataclasses.replace(
             read_config(family, config), dtype=dtype, param_dtype=param_dtype or source.dtype
         )
-        params = read_params(cfg, family, source, layout=layout)
-        if not cfg.has_encoder:
-            return Pretrained(cfg, params, family, config, layout)
+        params, left = read_params(cfg, family, source, layout=layout)
         file = Path(path) / _GENERATION
         generation = read_json(file) if file.is_file() else {}
-        return Seq2Seq(cfg, params, family, config, layout, generation)
+        kind = Seq2Seq if cfg.has_encoder else Pretrained
+        return kind(cfg, params, family, config, layout, generation, left)
 
 
 def save(model: "Pretrained | Seq2Seq", folder: str | Path, *, dtype: str = "") -> None:
@@ -105,7 +112,7 @@ def save(model: "Pretrained | Seq2Seq", folder: str | Path, *, dtype: str = "") 
         {name.removeprefix(prefix): (shape, make) for name, shape, make in tensors},
         itemsize=np.dtype(dtype or model.cfg.param_dtype).itemsize,
     )
-    if isinstance(model, Seq2Seq) and model.generation:
+    if model.generation:
         (Path(folder) / _GENERATION).write_text(json.dumps(dict(model.generation), indent=2) + "\n")
 
 
@@ -118,6 +125,8 @@ class Pretrained:
     family: Family
     config: dict[str, Any]  # its config.json
     layout: Layout | None = None
+    generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # its generation_config.json
+    left: tuple[str, ...] = ()  # tensors of heads in its files that its class does not have
 
     def logits(
         self,
@@ -186,7 +195,12 @@ class Pretrained:
     def next_sentence_logits(
         self, input_ids: Ids, attention_mask: Ids | None = None, token_type_ids: Ids | None = None
     ) -> Float[np.ndarray, "B 2"]:
-        """Whether the second sentence follows the first (0) or not (1), or stands before it (ALBERT's 1)."""
+        """Whether the second sentence follows the first (0) or not (1), or stands before it (ALBERT's 1).
+
+        Raises:
+            UserError: a class that says nothing about pairs of sentences.
+        """
+        check(self.family.top.pairs, f"{self.family.architecture} says nothing about pairs of sentences")
         return self.class_logits(input_ids, attention_mask, token_type_ids)
 
     def hidden_states(
@@ -241,40 +255,47 @@ class Pretrained:
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        repetition_penalty: float | None = None,
         seed: int = 0,
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
     ) -> Int[np.ndarray, "B S"]:
         """The prompts as they were given, with what follows them.
 
+        Token ids and the penalty that are not given are those of generation_config.json, without one of
+        config.json; so are `suppress_tokens` and `bad_words_ids` of one token, which are never drawn. Other
+        settings there (beams, whether to draw) are not read.
+
         Args:
             input_ids, attention_mask: as for `logits`.
             max_new_tokens: a row ends after as many, or with an end token.
             temperature: 0 = greedy.
             top_k, top_p: see `SampleConfig`.
+            repetition_penalty: of tokens of prompt and text; 1 = none.
             seed: row i draws with seed + i.
-            eos_token_id: end tokens; default config.json's, () = none.
-            pad_token_id: fills rows that ended; default config.json's, else the first end token, else 0.
+            eos_token_id: end tokens; () = none.
+            pad_token_id: fills rows that ended; without any the first end token, else 0.
 
         Returns:
             [B, T + n], n = the longest continuation.
+
+        Raises:
+            UserError: `bad_words_ids` of several tokens.
         """
-        ids, mask, *_ = _inputs(input_ids, attention_mask)
-        mask = np.ones(ids.shape, bool) if mask is None else np.asarray(mask, bool)
-        eos = self.config.get("eos_token_id") if eos_token_id is None else eos_token_id
-        eos = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
-        pad = self.config.get("pad_token_id") if pad_token_id is None else pad_token_id
-        pad = pad if pad is not None else eos[0] if eos else 0
-        rows = [
-            [int(t) for t, real in zip(row, m, strict=True) if real] for row, m in zip(ids, mask, strict=True)
-        ]
+        settings = Settings(self.generation, self.config)
+        eos = settings.several("eos_token_id", eos_token_id)
         sample = SampleConfig(
-            max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=settings.penalty(repetition_penalty),
+            seed=seed,
         )
-        results = self._generator(eos).generate(self.params, rows, sample)
-        longest = max(len(result.tokens) for result in results)
-        new = [result.tokens + [pad] * (longest - len(result.tokens)) for result in results]
-        return np.concatenate([ids, np.asarray(new, ids.dtype).reshape(len(ids), longest)], axis=1)
+        rows = unpadded(*masked(input_ids, attention_mask))
+        results = self._generator(eos, settings.banned()).generate(self.params, rows, sample)
+        new = [result.tokens for result in results]
+        return continued(ids_of(input_ids), new, settings.pad(pad_token_id, eos))
 
     @functools.cached_property
     def _logits(self) -> Any:
@@ -314,26 +335,22 @@ class Pretrained:
         cfg = self.cfg
 
         def states(params: Any, ids_BT: Any, *inputs_BT: Any) -> list[jax.Array]:
-            seen = activations(cfg, params, ids_BT, **_where(*inputs_BT))
-            return [seen["embedding"], *seen["residual"][:-1], seen["hidden"]]
+            return streams(cfg, params, ids_BT, **_where(*inputs_BT))
 
         return jax.jit(states)
 
-    @functools.lru_cache(maxsize=4)  # noqa: B019  lives as long as the model, which holds the arrays anyway
-    def _generator(self, eos: tuple[int, ...]) -> Generator:
-        return Generator(decoder(self.cfg), layout=self.layout, eos_ids=eos)
+    @functools.cached_property
+    def _generator(self) -> Any:
+        return generators(self.cfg, self.layout)
 
 
 def _inputs(
     ids: Any, mask: Any = None, positions: Any = None, types: Any = None
 ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None, np.ndarray | None]:
-    ids = np.asarray(ids)
-    check(ids.ndim == 2, f"input_ids has shape {list(ids.shape)}, expected [batch, columns]")
-    for name, x in (("attention_mask", mask), ("position_ids", positions), ("token_type_ids", types)):
-        ok = x is None or np.shape(x) == ids.shape
-        check(ok, f"{name} has shape {list(np.shape(x))}, expected {list(ids.shape)} as input_ids")
-    as_int = lambda x: None if x is None else np.asarray(x).astype(np.int32)  # noqa: E731
-    return ids, as_int(mask), as_int(positions), as_int(types)
+    ids = ids_of(ids)
+    named = (("attention_mask", mask), ("position_ids", positions), ("token_type_ids", types))
+    mask, positions, types = (beside(ids, x, name) for name, x in named)
+    return ids, mask, positions, types
 
 
 def _where(
@@ -341,5 +358,5 @@ def _where(
 ) -> dict[str, jax.Array | None]:
     """Documents and positions of rows that may be padded on either side."""
     if mask_BT is not None and positions_BT is None:
-        positions_BT = jnp.maximum(jnp.cumsum(mask_BT, axis=1) - 1, 0)
+        positions_BT = counted(mask_BT)
     return {"segments_BT": mask_BT, "positions_BT": positions_BT, "types_BT": types_BT}

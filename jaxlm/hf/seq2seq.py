@@ -6,21 +6,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxlm.errors import UserError, check
-from jaxlm.generate.decode import Generator
-from jaxlm.generate.decoder import decoder
+from jaxlm.errors import check
 from jaxlm.generate.sampling import SampleConfig
+from jaxlm.hf.calls import Ids, Settings, continued, counted, generators, masked, streams, unpadded
 from jaxlm.hf.family import Family
 from jaxlm.model import encoder_decoder, transformer
-from jaxlm.model.activations import activations
 from jaxlm.model.config import TransformerConfig, encoder_of
 from jaxlm.sharding import Layout, use
-
-Ids = Int[np.ndarray, "B T"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,6 +31,7 @@ class Seq2Seq:
     config: dict[str, Any]  # its config.json
     layout: Layout | None = None
     generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # its generation_config.json
+    left: tuple[str, ...] = ()  # tensors of heads in its files that its class does not have
 
     def logits(
         self,
@@ -80,7 +76,7 @@ class Seq2Seq:
         self, input_ids: Ids, attention_mask: Ids | None = None
     ) -> tuple[Float[np.ndarray, "B S D"], ...]:
         """The same of the encoder; its `[-1]` is what the decoder attends to."""
-        ids, mask = _rows(input_ids, attention_mask, "input_ids", "attention_mask")
+        ids, mask = masked(input_ids, attention_mask)
         with use(self.layout):
             return tuple(np.asarray(x) for x in self._encoder_states(self.params, ids, mask))
 
@@ -94,6 +90,7 @@ class Seq2Seq:
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        repetition_penalty: float | None = None,
         seed: int = 0,
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
@@ -103,8 +100,9 @@ class Seq2Seq:
     ) -> Int[np.ndarray, "B T"]:
         """What the decoder says to the inputs, the start token first.
 
-        Token ids that are not given are those of generation_config.json, without one of config.json; so are
-        `bad_words_ids` of one token, which are never drawn. Other settings there (beams) are not read.
+        Token ids and the penalty that are not given are those of generation_config.json, without one of
+        config.json; so are `suppress_tokens` and `bad_words_ids` of one token, which are never drawn. Other
+        settings there (beams, whether to draw) are not read.
 
         Args:
             input_ids, attention_mask: as for `logits`.
@@ -112,6 +110,7 @@ class Seq2Seq:
             max_new_tokens: a row ends after as many, or with an end token.
             temperature: 0 = greedy.
             top_k, top_p: see `SampleConfig`.
+            repetition_penalty: of tokens that the decoder has read or said; 1 = none.
             seed: row i draws with seed + i.
             eos_token_id: end tokens; () = none.
             pad_token_id: fills rows that ended.
@@ -125,33 +124,35 @@ class Seq2Seq:
         Raises:
             UserError: no start token; `bad_words_ids` of several tokens.
         """
-        ids, mask = _rows(input_ids, attention_mask, "input_ids", "attention_mask")
+        ids, mask = masked(input_ids, attention_mask)
         start = self._starts(decoder_input_ids, len(ids), decoder_start_token_id)
-        eos = _several(self._setting("eos_token_id", eos_token_id))
-        pad = self._setting("pad_token_id", pad_token_id)
-        pad = pad if pad is not None else eos[0] if eos else 0
-        last = _several(self._setting("forced_eos_token_id", forced_eos_token_id))[:1]
-        first = self._setting("forced_bos_token_id", forced_bos_token_id)
+        settings = self._settings
+        eos = settings.several("eos_token_id", eos_token_id)
+        last = settings.several("forced_eos_token_id", forced_eos_token_id)[:1]
+        first = settings.get("forced_bos_token_id", forced_bos_token_id)
         lead = [] if first is None or start.shape[1] > 1 else [int(first)]
         lead = lead[: max_new_tokens - len(last)]
         count = max_new_tokens - len(lead) - len(last)
-        rows = [[int(t) for t in row[real != 0]] for row, real in zip(ids, mask, strict=True)]
+        rows = unpadded(ids, mask)
         new: list[list[int]] = [[] for _ in rows]
         if count:
             sample = SampleConfig(
-                max_new_tokens=count, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+                max_new_tokens=count,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                repetition_penalty=settings.penalty(repetition_penalty),
+                seed=seed,
             )
             prompts = [[*map(int, row), *lead] for row in start]
-            drawn = self._generator(eos, self._banned()).generate(self.params, prompts, sample, rows)
+            drawn = self._generator(eos, settings.banned()).generate(self.params, prompts, sample, rows)
             new = [result.tokens for result in drawn]
         new = [lead + row + ([] if row and row[-1] in eos else list(last)) for row in new]
-        longest = max(map(len, new))
-        filled = [row + [pad] * (longest - len(row)) for row in new]
-        return np.concatenate([start, np.asarray(filled, start.dtype)], axis=1)
+        return continued(start, new, settings.pad(pad_token_id, eos))
 
-    def _setting(self, name: str, given: Any = None) -> Any:
-        """A setting: the one given, or generation_config.json's; without such a file config.json's."""
-        return (self.generation or self.config).get(name) if given is None else given
+    @property
+    def _settings(self) -> Settings:
+        return Settings(self.generation, self.config)
 
     def _starts(self, ids: Ids | None, batch: int, start: int | None = None) -> Ids:
         if ids is not None:
@@ -161,21 +162,19 @@ class Seq2Seq:
                 f"decoder_input_ids has shape {list(ids.shape)}, expected [{batch}, columns]",
             )
             return ids
-        places = (start, self._setting("decoder_start_token_id"), self.config.get("decoder_start_token_id"))
-        start = next((token for token in places if token is not None), self._setting("bos_token_id"))
+        places = (
+            start,
+            self._settings.get("decoder_start_token_id"),
+            self.config.get("decoder_start_token_id"),
+        )
+        start = next((token for token in places if token is not None), self._settings.get("bos_token_id"))
         check(start is not None, "config.json has no decoder_start_token_id: give decoder_input_ids")
         return np.full((batch, 1), start, np.int64)
 
-    def _banned(self) -> tuple[int, ...]:
-        words = self._setting("bad_words_ids") or []
-        if any(len(word) != 1 for word in words):
-            raise UserError(f"bad_words_ids={words} of several tokens are not supported, only of one")
-        return tuple(word[0] for word in words)
-
     def _given(self, ids: Any, mask: Any, decoder_ids: Any, decoder_mask: Any) -> tuple[np.ndarray, ...]:
-        inputs = _rows(ids, mask, "input_ids", "attention_mask")
+        inputs = masked(ids, mask)
         start = self._starts(decoder_ids, len(inputs[0]))
-        return *inputs, *_rows(start, decoder_mask, "decoder_input_ids", "decoder_attention_mask")
+        return *inputs, *masked(start, decoder_mask, "decoder_input_ids", "decoder_attention_mask")
 
     @functools.cached_property
     def _logits(self) -> Any:
@@ -189,9 +188,9 @@ class Seq2Seq:
                 inputs_BS,
                 tokens_BT,
                 input_segments_BS=input_mask_BS,
-                input_positions_BS=_positions(input_mask_BS),
+                input_positions_BS=counted(input_mask_BS),
                 segments_BT=mask_BT,
-                positions_BT=_positions(mask_BT),
+                positions_BT=counted(mask_BT),
             )
             return transformer.unembed(cfg, params, hidden_BTD)
 
@@ -203,7 +202,7 @@ class Seq2Seq:
 
         def states(params: Any, inputs_BS: jax.Array, mask_BS: jax.Array) -> list[jax.Array]:
             own = encoder_decoder.encoder_params(cfg, params)
-            return _streams(encoder_of(cfg), own, inputs_BS, mask_BS)
+            return streams(encoder_of(cfg), own, inputs_BS, **_where(mask_BS))
 
         return jax.jit(states)
 
@@ -215,45 +214,15 @@ class Seq2Seq:
             inputs_BS, input_mask_BS, tokens_BT, mask_BT = given
             memory_BSD = encoder_states(params, inputs_BS, input_mask_BS)[-1]
             memory = dict(memory_BSD=memory_BSD, memory_segments_BS=input_mask_BS)
-            return _streams(cfg, params, tokens_BT, mask_BT, **memory)
+            return streams(cfg, params, tokens_BT, **_where(mask_BT), **memory)
 
         return jax.jit(states)
 
-    @functools.lru_cache(maxsize=4)  # noqa: B019  lives as long as the model, which holds the arrays anyway
-    def _generator(self, eos: tuple[int, ...], banned: tuple[int, ...]) -> Generator:
-        model = decoder(self.cfg)
-
-        def unembed(params: Any, hidden_BTD: jax.Array) -> jax.Array:
-            return model.unembed(params, hidden_BTD).at[..., np.asarray(banned)].set(-jnp.inf)
-
-        if banned:
-            return Generator(dataclasses.replace(model, unembed=unembed), layout=self.layout, eos_ids=eos)
-        return Generator(model, layout=self.layout, eos_ids=eos)
+    @functools.cached_property
+    def _generator(self) -> Any:
+        return generators(self.cfg, self.layout)
 
 
-def _streams(
-    cfg: TransformerConfig, params: Any, ids_BT: jax.Array, mask_BT: jax.Array, **memory: jax.Array
-) -> list[jax.Array]:
-    where = dict(segments_BT=mask_BT, positions_BT=_positions(mask_BT))
-    seen = activations(cfg, params, ids_BT, **where, **memory)
-    return [seen["embedding"], *seen["residual"][:-1], seen["hidden"]]
-
-
-def _positions(mask_BT: jax.Array) -> jax.Array:
-    """Tokens of a row are counted from 0, padding is not."""
-    return jnp.maximum(jnp.cumsum(mask_BT, axis=1) - 1, 0)
-
-
-def _rows(ids: Any, mask: Any, ids_name: str, mask_name: str) -> tuple[np.ndarray, np.ndarray]:
-    ids = np.asarray(ids)
-    check(ids.ndim == 2, f"{ids_name} has shape {list(ids.shape)}, expected [batch, columns]")
-    mask = np.ones(ids.shape, np.int32) if mask is None else np.asarray(mask).astype(np.int32)
-    check(
-        mask.shape == ids.shape,
-        f"{mask_name} has shape {list(mask.shape)}, expected {list(ids.shape)} as {ids_name}",
-    )
-    return ids.astype(np.int32), mask
-
-
-def _several(ids: int | Sequence[int] | None) -> tuple[int, ...]:
-    return () if ids is None else (int(ids),) if np.ndim(ids) == 0 else tuple(map(int, ids))
+def _where(mask_BT: jax.Array) -> dict[str, jax.Array]:
+    """Documents and positions of rows that may be padded on either side."""
+    return {"segments_BT": mask_BT, "positions_BT": counted(mask_BT)}

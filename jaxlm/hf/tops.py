@@ -45,7 +45,13 @@ def pooled(name: str) -> Top:
 
 
 def rows(
-    tensors: Mapping[str, Packing], *, of: str = "first", dense: str = "", bias: bool = True, number: int = 0
+    tensors: Mapping[str, Packing],
+    *,
+    of: str = "first",
+    dense: str = "",
+    bias: bool = True,
+    number: int = 0,
+    pairs: bool = False,
 ) -> Top:
     """Classes of a row (or of each token), as many as config.json has labels or a given number."""
 
@@ -53,7 +59,7 @@ def rows(
         fields = {"readout.of": of, "readout.dense": dense, "readout.bias": bias}
         return {**fields, "readout.classes": number or labels(hf)}
 
-    return Top("classes", read, tensors)
+    return Top("classes", read, tensors, pairs=pairs)
 
 
 def tokens(name: str = "classifier") -> Top:
@@ -63,7 +69,7 @@ def tokens(name: str = "classifier") -> Top:
 
 def with_vocabulary(top: Top, head: Mapping[str, Packing]) -> Top:
     """Both a head over the vocabulary, whose logits are called so, and another."""
-    return Top("vocabulary", lambda hf: {**top.read(hf), **lm(hf)}, {**top.tensors, **head})
+    return Top("vocabulary", lambda hf: {**top.read(hf), **lm(hf)}, {**top.tensors, **head}, pairs=top.pairs)
 
 
 def encoder_tops(

@@ -99,12 +99,16 @@ def _parts(
 _TIED = r"(^|\.)(((generator_)?lm_head|embed_out|decoder|vocab_projector)\.weight|decoder\.bias)$"
 
 
-def names_in(family: Family, entries: dict[str, Entry], source: Source) -> dict[str, str]:
+def names_in(
+    family: Family, entries: dict[str, Entry], source: Source
+) -> tuple[dict[str, str], tuple[str, ...]]:
     """Tensor of the table -> its name in the file, which may lack the prefix of the whole model.
+
+    Returns:
+        The names, and tensors of heads that other classes of the family have: they are left in the file.
 
     Raises:
         UserError: the file's tensors are not these; the message lists missing, surplus and misshapen ones.
-            Heads of other classes of the family are no surplus: they are left in the file.
     """
     bare = not any(name.startswith(family.prefix) for name in source.shapes)
     in_file = lambda name: name.removeprefix(family.prefix) if bare else name  # noqa: E731
@@ -117,15 +121,16 @@ def names_in(family: Family, entries: dict[str, Entry], source: Source) -> dict[
     known = set(names.values())
     ignored = [re.compile(pattern) for pattern in family.ignored]
     # What another class of the family puts on top: files of a base model often hold what it was trained with.
-    copies |= {in_file(name) for top in family.tops.values() for name in top.tensors}
+    heads = {in_file(name) for top in family.tops.values() for name in top.tensors}
     # A tied head is the table, whether or not the file holds it once more.
     spare = copies | {name for name in source.shapes if re.search(_TIED, name)}
     missing = [name for name in names.values() if name not in source.shapes]
     surplus = [
         name
         for name in source.shapes
-        if name not in known and name not in spare and not any(r.search(name) for r in ignored)
+        if name not in known | spare | heads and not any(r.search(name) for r in ignored)
     ]
+    left = tuple(name for name in source.shapes if name in heads - known - spare)
     wrong = [
         f"{name} has shape {list(source.shapes[name])}, the config asks for {list(entries[ours].shape)}"
         for ours, name in names.items()
@@ -140,12 +145,12 @@ def names_in(family: Family, entries: dict[str, Entry], source: Source) -> dict[
         raise UserError(
             f"{source.path}: these are not the tensors that its config.json asks for\n" + "\n".join(lines)
         )
-    return names
+    return names, left
 
 
 def read_params(
     cfg: TransformerConfig, family: Family, source: Source, *, layout: Layout | None = None
-) -> transformer.Params:
+) -> tuple[transformer.Params, tuple[str, ...]]:
     """The parameters of a checkpoint, in `cfg.param_dtype`, each leaf on its own devices.
 
     A leaf is made of its tensors and placed before the next is read; of a leaf that is split over devices,
@@ -157,11 +162,14 @@ def read_params(
         source: an open checkpoint.
         layout: mesh and rules; None = the first device.
 
+    Returns:
+        The parameters, and the names of tensors of other heads that were left in the file.
+
     Raises:
         UserError: missing, surplus or misshapen tensors, all listed.
     """
     entries = layout_of(cfg, family)
-    names = names_in(family, entries, source)
+    names, left = names_in(family, entries, source)
     holders: dict[str, dict[int | None, list[tuple[str, Entry, int]]]] = {}
     for name, entry in entries.items():
         for k, slot in enumerate(entry.slots):
@@ -189,12 +197,13 @@ def read_params(
     abstract = transformer.abstract_params(cfg)
     if layout is None:
         device = jax.devices()[0]
-        return map_named(
+        params = map_named(
             lambda path, leaf: jax.device_put(
                 piece(path, leaf, (slice(None),) * len(leaf.shape)), device, may_alias=True
             ),
             abstract,
         )
+        return params, left
 
     def spread(path: str, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
         devices: dict[Any, list[tuple[jax.Device, tuple[slice, ...]]]] = {}
@@ -206,7 +215,7 @@ def read_params(
             arrays += [jax.block_until_ready(jax.device_put(x, device)) for device, _ in same]
         return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
 
-    return map_named(spread, abstract, tree_shardings(layout, abstract, transformer.AXES))
+    return map_named(spread, abstract, tree_shardings(layout, abstract, transformer.AXES)), left
 
 
 def _in_dtype(x: np.ndarray, dtype: Any) -> np.ndarray:

@@ -35,12 +35,17 @@ class Imported:
     workdir: Path
     parameters: int
     tokenizer: bool  # the checkpoint had one
+    left: tuple[str, ...] = ()  # tensors of heads of other classes, which stayed in its files
 
     def text(self) -> str:
         """For people."""
         lines = [f"{self.workdir}: a {self.family} model of {self.parameters:,} parameters"]
         if not self.tokenizer:
             lines.append("no tokenizer file came with it: put tokenizer.json into its folder tokenizer/")
+        if self.left:
+            lines.append(
+                "left in the file, heads of other classes than config.json names: " + ", ".join(self.left)
+            )
         return "\n".join(lines)
 
 
@@ -89,7 +94,7 @@ def import_model(
         state = TrainState(jnp.zeros((), jnp.int32), model.params, (), jnp.zeros((2,), jnp.uint32))
         with Checkpointer(workdir / "checkpoints") as saver:
             saver.save(0, state, config=to_dict(cfg))
-    return Imported(model.family.model_type, workdir, size(model.params), has_tokenizer)
+    return Imported(model.family.model_type, workdir, size(model.params), has_tokenizer, model.left)
 
 
 def _rows(model: TransformerConfig, hf: HFConfig) -> dict[str, Any]:

@@ -1,7 +1,10 @@
 """`jaxlm hf import` and `export`: run directories, refusals, sharded files, meshes."""
 
 import dataclasses
+import gc
 import json
+import shutil
+import weakref
 
 import jax
 import numpy as np
@@ -20,9 +23,10 @@ from jaxlm.hf.seq2seq import Seq2Seq
 from jaxlm.hf.transfer import tensors_of
 from jaxlm.model import transformer
 from jaxlm.model.attention import AttentionConfig
-from jaxlm.model.config import EncoderConfig, TransformerConfig
+from jaxlm.model.config import EncoderConfig, ReadoutConfig, TransformerConfig
 from jaxlm.model.positions import PositionConfig
 from jaxlm.sharding import MeshConfig, make_layout
+from jaxlm.train.imported import Imported
 from jaxlm.tree import named_leaves
 
 CFG = TransformerConfig(
@@ -108,6 +112,70 @@ def test_a_masked_model_may_come_with_what_it_was_trained_with(tmp_path):
     ids = np.arange(10).reshape(2, 5)
     first, second = jaxlm.hf.load(tmp_path / "new"), jaxlm.hf.load(tmp_path)
     np.testing.assert_array_equal(first.logits(ids), second.logits(ids))
+    assert first.left == ()
+    assert second.left == ("bert.pooler.dense.weight", "cls.seq_relationship.weight")
+    made = Imported("bert", tmp_path, 1, True, second.left)
+    assert "left in the file" in made.text()
+    assert "cls.seq_relationship.weight" in made.text()
+
+
+def test_only_a_class_of_pairs_speaks_of_pairs(tmp_path):
+    """A classifier of rows has as many logits, but they mean something else."""
+    encoder = dict(causal=False, norm="layernorm", norm_position="post", embed_norm=True, activation="gelu")
+    parts = dict(token_types=2, mlp_bias=True, tie_embeddings=True)
+    cfg = TransformerConfig(
+        vocab_size=40,
+        num_layers=1,
+        model_dim=16,
+        attention=AttentionConfig(num_heads=2, qkv_bias=True, out_bias=True),
+        position=PositionConfig(kind="learned", max_length=16),
+        readout=ReadoutConfig(classes=2, dense="tanh"),
+        **encoder,
+        **parts,
+    )
+    params = transformer.init(cfg, jax.random.key(0))
+    ids = np.arange(10).reshape(2, 5)
+    for name in ("BertForNextSentencePrediction", "BertForSequenceClassification"):
+        family = dataclasses.replace(FAMILIES["bert"], architecture=name)
+        save(Pretrained(cfg, params, family, {}), tmp_path / name)
+    pairs, rows = (jaxlm.hf.load(path) for path in sorted(tmp_path.iterdir()))
+    np.testing.assert_array_equal(pairs.next_sentence_logits(ids), rows.class_logits(ids))
+    with pytest.raises(UserError, match="BertForSequenceClassification says nothing about pairs"):
+        rows.next_sentence_logits(ids)
+
+
+def test_generation_config_says_how_to_generate(folder, tmp_path):
+    shutil.copytree(folder / "whole", tmp_path / "in")
+    prompt = np.asarray([[5, 6, 7]])
+    plain = jaxlm.hf.load(tmp_path / "in")
+    free = plain.generate(prompt, max_new_tokens=12)
+    penalised = plain.generate(prompt, max_new_tokens=12, repetition_penalty=0.1)  # it repeats itself
+    assert free.tolist() != penalised.tolist()
+    first, second = free[0, 3:5].tolist()
+    assert first != second
+
+    def said(**says):
+        (tmp_path / "in" / "generation_config.json").write_text(json.dumps(says))
+        return jaxlm.hf.load(tmp_path / "in")
+
+    np.testing.assert_array_equal(said(repetition_penalty=0.1).generate(prompt, max_new_tokens=12), penalised)
+    ended = said(eos_token_id=[second]).generate(prompt, max_new_tokens=12)
+    assert ended.tolist() == [[5, 6, 7, first, second]]
+    model = said(suppress_tokens=[first], bad_words_ids=[[second]])
+    assert not {first, second} & set(model.generate(prompt, max_new_tokens=12)[0, 3:].tolist())
+    save(model, tmp_path / "out")
+    kept = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert kept == {"suppress_tokens": [first], "bad_words_ids": [[second]]}
+
+
+def test_a_model_and_its_programs_go_together(folder):
+    """What a call compiles belongs to the model, not to its class: nothing holds the arrays after it."""
+    model = jaxlm.hf.load(folder / "whole")
+    model.generate(np.asarray([[5, 6]]), max_new_tokens=1)
+    arrays = [weakref.ref(leaf) for leaf in jax.tree.leaves(model.params)]
+    del model
+    gc.collect()
+    assert all(ref() is None for ref in arrays)
 
 
 def test_files_of_the_bare_model_go_without_the_prefix(folder, tmp_path):
