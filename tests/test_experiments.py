@@ -1,6 +1,7 @@
 """Every experiment: what its docstring promises, its full size as shapes, its smoke size as a run."""
 
 import ast
+import dataclasses
 import re
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from jaxlm.train.run import plan, train
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
 IDS = [path.stem for path in EXPERIMENTS]
+SAMPLED = ("quickstart", "gpt2_small", "local_global", "mixtral_8x7b")
 OBJECTIVES = sorted((ROOT / "experiments" / "objectives").glob("*.py"))
 
 # Parameters of the published shapes, and the devices that the docstring asks for.
@@ -33,6 +35,12 @@ def docstring(path):
 
 def load(path, arg=""):
     return build(load_experiment(f"{path}:{arg}" if arg else str(path)))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder for all runs: they share their tokens and compiled programs."""
+    return tmp_path_factory.mktemp("runs")
 
 
 def test_all_are_here():
@@ -98,21 +106,26 @@ def test_base_lists_every_knob_with_its_default():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=IDS)
-def test_the_smoke_size_trains(path, tmp_path):
+def test_the_smoke_size_trains(path, runs):
     cfg = load(path, "smoke")
-    result = train(cfg, tmp_path / "run", bar=False)
+    # A part of the held-out text; texts are sampled, on the mesh, from every kind of model, not from all.
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, eval_tokens=8192))
+    if path.stem not in SAMPLED:
+        cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, sample_prompts=()))
+    result = train(cfg, runs / path.stem, bar=False)
     assert result.status == "finished"
     assert result.steps == cfg.train.num_steps
     assert result.mesh["data"] * result.mesh["fsdp"] * result.mesh["expert"] == jax.device_count()
+    assert (runs / path.stem / "samples.txt").exists() == (path.stem in SAMPLED)
     # Bytes of Python source: log2(256) = 8 bits before training.
     assert 1.0 < result.metrics["eval/bpb"] < 6.5
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", OBJECTIVES, ids=lambda path: path.stem)
-def test_other_objectives_train_at_their_smoke_size(path, tmp_path):
+def test_other_objectives_train_at_their_smoke_size(path, runs):
     cfg = load(path, "smoke")
-    result = train(cfg, tmp_path / "run", bar=False)
+    result = train(cfg, runs / f"objective_{path.stem}", bar=False)
     assert result.status == "finished"
     assert plan(load(path)).counts.n_total > plan(cfg).counts.n_total
     assert 1.0 < result.metrics["eval/nll"] < 5.6  # ln 256 = 5.5 before training

@@ -2,14 +2,17 @@
 
 import ast
 import dataclasses
+import functools
 import importlib.util
 from pathlib import Path
 
+import jax
 import pytest
 
-from jaxlm.config import build, load_experiment
+from jaxlm.config import build, config_hash, load_experiment
 from jaxlm.errors import UserError
 from jaxlm.scaling.counting import count, weights
+from jaxlm.sharding import MeshConfig
 from jaxlm.train.run import train
 
 FOLDER = Path(__file__).parents[1] / "experiments" / "families"
@@ -26,12 +29,20 @@ FILES = ("decoders", "encoders", "pairs")
 SHAPES = {(file, name): shape for file in FILES for name, shape in module(file).SHAPES.items()}
 IDS = [f"{file}:{name}" for file, name in SHAPES]
 QUICK = ("decoders:palm_8b", "encoders:bert_base", "baselines:lstm")
+
 SMOKE = [*IDS, "baselines:lstm", "baselines:transformer"]
 
 
+@functools.cache
 def load(name, size=""):
     file, _, shape = name.partition(":")
     return build(load_experiment(f"{FOLDER / file}.py:{shape}{size}"))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder for all runs: they share their tokens and compiled programs."""
+    return tmp_path_factory.mktemp("runs")
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
@@ -104,10 +115,18 @@ def test_baselines_have_equal_compute():
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SMOKE]
 )
-def test_the_smoke_size_trains(name, tmp_path):
+def test_the_smoke_size_trains(name, runs):
+    """The quick ones on all devices, the others on one, as eight emulated ones take longer.
+
+    A large member of a family is often a small one at smoke size, to the last field: one run serves both.
+    """
     cfg = load(name, ":smoke")
     cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, sample_prompts=()))
-    result = train(cfg, tmp_path / "run", bar=False)
+    if name not in QUICK:
+        cfg = dataclasses.replace(cfg, mesh=MeshConfig(data=1))
+    result = train(cfg, runs / config_hash(cfg)[:12], bar=False)
+    if name in QUICK:
+        assert result.mesh["data"] == jax.device_count()
     assert (result.status, result.steps) == ("finished", cfg.train.num_steps)
     # Bytes of Python source: log2(256) = 8 bits before training, or 5.5 nats for a hidden one.
     if cfg.data.format == "lm":

