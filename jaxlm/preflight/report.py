@@ -186,7 +186,7 @@ def short_name(where: str) -> str:
     >>> short_name("jit(step)/gradient/jvp()/while/body/closed_call/Block/attention/qkv/BTD,DNH->BTNH/dot")
     'Block/attention/qkv/BTD,DNH->BTNH/dot'
     """
-    noise = r"^(jit\(.*|while|body|closed_call|checkpoint|jvp\(\)|transpose\(jvp\(\)\)|gradient|)$"
+    noise = r"^(jit\(.*|while|body|closed_call|eval_jaxpr|checkpoint|jvp\(\)|transpose\(jvp\(\)\)|gradient|)$"
     backward = "backward " if "transpose(" in where else ""
     again = "again " if "rematted" in where else ""
     parts = [p for p in where.split("/") if not re.match(noise, p) and p != "rematted_computation"]
@@ -240,7 +240,7 @@ def _memory_table(report: Report) -> Table:
             table.add_row("in use at one time, at most", f"{memory.peak / GiB:,.3f}", "compiler")
         table.add_row("the same, about", f"{report.estimate.total / GiB:,.3f}", "analytic model")
     if report.limit:
-        table.add_row("limit", f"{report.limit / GiB:,.2f}", "compiler")
+        table.add_row("limit", f"{report.limit / GiB:,.2f}", "table of chips")
     if facts.shortage is not None and facts.shortage.needed:
         missing = facts.shortage.needed - facts.shortage.available
         table.add_row("needed", f"{facts.shortage.needed / GiB:,.2f}", "compiler")
