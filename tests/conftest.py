@@ -7,7 +7,7 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # Test programs are tiny and run once: compiling is nearly all of their time. LLVM's optimiser is left out, a
-# program is one LLVM module, fusions are written without the passes of MLIR (an option that jaxlib 0.12 lacks).
+# program is one LLVM module, fusions do without MLIR's passes (an option that jaxlib 0.12 lacks).
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
     " --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 )

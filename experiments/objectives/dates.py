@@ -1,14 +1,14 @@
 """An encoder-decoder that reads dates as people write them and says them as ISO 8601: the answer is exact.
 
-Claim: an encoder-decoder with two layers of each learns to write every date of days that it has not seen; what
-counts is exact match, the share of whole answers that greedy decoding gets right.
+Claim: an encoder-decoder with two layers of each learns to write every date of days that it has not seen;
+what counts is exact match, the share of whole answers that greedy decoding gets right.
 Command:
     python tools/dates.py --out data/dates
     jaxlm train --config=experiments/objectives/dates.py --workdir=runs/dates
     jaxlm evaluate --workdir=runs/dates
 Hardware: two CPU cores; four minutes when others use them too.
-Expected: exact match 1.0000 on 2,000 held-out dates, none of whose days is in the training set (0.883 after 200
-steps, 0.960 after 400, 0.993 after 600); 250,624 parameters, 64,000 dates seen.
+Expected: exact match 1.0000 on 2,000 held-out dates, none of whose days is in the training set (0.883 after
+200 steps, 0.960 after 400, 0.993 after 600); 250,624 parameters, 64,000 dates seen.
 Last run: 2026-11-22, commit 8b0df5d.
 
 `:smoke` sees the dates of dates.tsv beside this file, for a few steps.
