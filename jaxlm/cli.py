@@ -178,6 +178,8 @@ def _define_config(values: flags.FlagValues, spec: str | None, argv: list[str], 
             argv[i] = _tuple_literal(config, match[1], arg)
             if match[1] == "mesh" and arg.endswith("=auto"):
                 argv[i] = "--config.mesh.auto=True"
+            if match[1] == "mesh" and argv[i + 1 : i + 2] == ["auto"] and "=" not in arg:
+                argv[i : i + 2] = ["--config.mesh.auto=True"]
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["jaxlm", *argv])
     return config
 
@@ -185,7 +187,8 @@ def _define_config(values: flags.FlagValues, spec: str | None, argv: list[str], 
 def _tuple_literal(config: Any, name: str, arg: str) -> str:
     """`--config.x=a,b` for a tuple as `--config.x=('a', 'b')`; ml_collections would make it `('a,b',)`."""
     flag, equals, text = arg.partition("=")
-    if not equals or not isinstance(_value_at(config, name), tuple):
+    value = _value_at(config, name)
+    if not equals or not isinstance(value, tuple):
         return arg
     try:
         ast.literal_eval(text)
@@ -196,7 +199,13 @@ def _tuple_literal(config: Any, name: str, arg: str) -> str:
 
 def _value_at(config: Any, name: str) -> Any:
     """The value at a dotted name of a ConfigDict."""
-    for part in name.split("."):
+    for i, part in enumerate(parts := name.split(".")):
+        if part not in config:  # a field of another kind than this group is of
+            place = ".".join(parts[:i])
+            raise UserError(
+                f"config: this experiment's {place} has no field {part!r}, another kind of it has"
+                f"{nearest(part, list(config))}"
+            )
         config = config[part]
     return config
 

@@ -119,6 +119,10 @@ def test_the_version_is_printed(run):
         (("sample", "--workdir=/nowhere"), "/nowhere is not a run directory"),
         (("evaluate", "--workdir=/nowhere"), "/nowhere is not a run directory"),
         (("evaluate", "--batch_size=-1", "--workdir=x"), "batch_size=-1"),
+        (
+            ("train", SMOKE, "--config.model.forget_bias=2"),
+            "this experiment's model has no field 'forget_bias'",
+        ),
         (("evaluate", "--mesh=fdsp=2", "--workdir=x"), "unknown key --mesh.fdsp; did you mean 'fsdp'?"),
         (("evaluate", "--mesh=fsdp=two", "--workdir=x"), "--mesh.fsdp: expected int, got 'two'"),
         (("config", "--devices=0"), "devices=0"),

@@ -18,6 +18,7 @@ from jaxlm.model.config import TransformerConfig
 from jaxlm.objectives.formats import check_model, make_objective
 from jaxlm.sharding import MeshConfig, make_layout, make_mesh, use
 from jaxlm.train import run
+from jaxlm.train.checks import check_tokens
 from jaxlm.train.feed import place_batch
 from jaxlm.train.metrics import read_rows
 from jaxlm.train.programs import Model, programs_on
@@ -301,6 +302,49 @@ def test_models_that_cannot_learn_from_a_format(folder: Path, name: str, model: 
     )
     with pytest.raises(UserError, match=message):
         check_model(cfg.model, cfg.data)
+
+
+EXPERTS = dict(mlp_pattern=("moe",), moe=dict(num_experts=4, top_k=2))
+
+
+@pytest.mark.parametrize("name", ["mlm", "sop", "classification"])
+def test_auxiliary_losses_of_all_tokens_do_not_join_a_loss_of_few(folder: Path, name: str):
+    """They would weigh (tokens of a row) / (tokens that the loss counts) times what the config says."""
+    rest = dict(format=name, seq_len=24, **DATA[name])
+    cfg = build({"model": {**MODEL, **MODELS[name], **EXPERTS}, "data": rest})
+    with pytest.raises(UserError, match=r"moe.load_balance=0.01, but the loss of data.format="):
+        check_model(cfg.model, cfg.data)
+    moe = {**EXPERTS["moe"], "load_balance": 0.0, "router_z": 0.0, "bias_balancing": True}
+    free = build({"model": {**MODEL, **MODELS[name], **EXPERTS, "moe": moe}, "data": rest})
+    check_model(free.model, free.data)
+
+
+def test_meshes_that_a_model_cannot_use_are_refused_with_the_config(folder: Path):
+    piped = config("denoise", folder, mesh={"pipe": 2}, data={"batch_size": 8})
+    with pytest.raises(UserError, match=r"mesh.pipe=2: a model with an encoder is not split into stages"):
+        run.plan(piped)
+    kernel = {"attention": {"num_heads": 2, "backend": "splash_interpret"}}
+    split = config("seq2seq", folder, mesh={"sequence": 2}, model=kernel)
+    with pytest.raises(UserError, match=r"sees whole rows of inputs, which mesh.sequence=2 splits"):
+        run.plan(split)
+    ring = config("prefix_lm", folder, model={"attention": {"num_heads": 2, "context": "ring"}})
+    with pytest.raises(UserError, match=r"context='ring' has no allowed"):
+        run.plan(ring)
+
+
+def test_rounds_divide_a_devices_tokens(folder: Path):
+    moe = {**EXPERTS, "moe": {**EXPERTS["moe"], "rounds": 5}}
+    odd = config("lm", folder, model=moe)
+    tokens = odd.data.batch_size * odd.data.seq_len
+    assert tokens % 5 != 0
+    with pytest.raises(UserError, match=f"moe.rounds=5 does not divide the {tokens} tokens.*does: [46]"):
+        run.plan(odd)
+
+
+def test_a_token_that_begins_and_ends_cannot_begin_targets(folder: Path, tmp_path: Path):
+    cfg = config("denoise", folder, data={"with_bos": True})
+    with pytest.raises(UserError, match=r"data.with_bos=True, but the tokenizer 'byte' has one token, 0"):
+        check_tokens(cfg, ByteTokenizer())
 
 
 def test_runs_that_are_refused_before_any_text_is_read(folder: Path):

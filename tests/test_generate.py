@@ -386,6 +386,19 @@ def test_a_request_alone_says_the_same(windowed):
         np.testing.assert_allclose(alone.logprobs, expected.logprobs, atol=2e-5)
 
 
+def test_generation_has_room_for_every_choice_of_experts():
+    """Whatever training does: a smaller buffer would be shared with the prompts beside."""
+    moe = MoEConfig(num_experts=4, top_k=2, buffer_factor=1.5)
+    seen = []
+    own = transformer.apply
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformer, "apply", lambda cfg, *a, **k: seen.append(cfg.moe) or own(cfg, *a, **k))
+        cfg = small(mlp_pattern=("moe",), moe=moe)
+        Generator(decoder(cfg)).generate(make_params(cfg), [[1, 2]], [SampleConfig(max_new_tokens=1)])
+    assert seen
+    assert {(m.dispatch, m.buffer_factor) for m in seen} == {("dropless", 0.0)}
+
+
 def test_experts_do_not_fill_up_with_other_prompts():
     """Trained with capacity, whose limit depends on the padded row: generation drops nothing."""
     moe = MoEConfig(num_experts=4, top_k=2, dispatch="capacity", capacity_factor=0.5)

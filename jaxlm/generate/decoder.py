@@ -36,8 +36,8 @@ class Decoder:
 def decoder(cfg: ModelConfig) -> Decoder:
     """The `Decoder` of a model, with or without an encoder.
 
-    Experts are dropless here, whatever the dispatch in training: capacity is a share of a padded row, so a
-    text would depend on the longest prompt of its batch, and steps of one token never drop anyway.
+    Experts are dropless here, whatever the dispatch in training, with buffers for all choices: capacity is a
+    share of a padded row, and a smaller buffer one of all rows', so a text would depend on those beside it.
 
     Raises:
         UserError: the model is not causal.
@@ -46,7 +46,9 @@ def decoder(cfg: ModelConfig) -> Decoder:
         raise UserError("model.causal=False: only a causal model can generate text")
     longest, input_vocab_size = 0, cfg.vocab_size if cfg.has_encoder else 0
     if isinstance(cfg, TransformerConfig):
-        cfg = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, dispatch="dropless"))
+        cfg = dataclasses.replace(
+            cfg, moe=dataclasses.replace(cfg.moe, dispatch="dropless", buffer_factor=0.0)
+        )
         longest = cfg.position.max_length if cfg.position.kind == "learned" else 0
         input_vocab_size = encoder_of(cfg).vocab_size if cfg.has_encoder else 0
     model = functions(cfg)

@@ -16,6 +16,8 @@ Source: Bahdanau, Cho & Bengio 2015, arXiv:1409.0473 (there with GRUs, a maxout 
 from the encoder's last state).
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -75,9 +77,12 @@ def encode(
     ways = zip(*(unstack(blocks[way]["lstm"]) for way in ("forward", "backward")), strict=True)
     state = empty_state(cfg, x_BSD.shape[0], cfg.model_dim // 2)
     back_BS = segments_BS[:, ::-1]
+    one_layer = partial(layer, cfg)
+    if cfg.remat == "full":
+        one_layer = jax.checkpoint(one_layer)
     for layer_key, (forward, backward) in zip(keys, ways, strict=True):
-        _, h_BSF = layer(cfg, forward, x_BSD, state, segments_BS != 0, starts(segments_BS))
-        _, b_BSF = layer(cfg, backward, x_BSD[:, ::-1], state, back_BS != 0, starts(back_BS))
+        _, h_BSF = one_layer(forward, x_BSD, state, segments_BS != 0, starts(segments_BS))
+        _, b_BSF = one_layer(backward, x_BSD[:, ::-1], state, back_BS != 0, starts(back_BS))
         x_BSD = dropout(jnp.concatenate([h_BSF, b_BSF[:, ::-1]], axis=-1), cfg.dropout, layer_key)
     return x_BSD
 
@@ -129,7 +134,11 @@ def decode(
     gates_BTGF = matmul("BTD,GDF->BTGF", x_BTD, first["w_input"], result=cfg.accum_dtype, **compute)
     gates_BTGF = gates_BTGF + first["bias"].astype(cfg.accum_dtype)
     B, T, D = x_BTD.shape
-    kept_TLBD = dropout(jnp.ones((T, len(above), B, D), cfg.accum_dtype), cfg.dropout, key)
+    dropped = key is not None and cfg.dropout > 0
+    ones_TLBD = jnp.ones((T, len(above), B if dropped else 1, D if dropped else 1), cfg.accum_dtype)
+    kept_TLBD = dropout(ones_TLBD, cfg.dropout, key if dropped else None)
+    # The backward pass makes tanh(query + keys) of a column again: all columns' would be [T, B, S, D].
+    look = jax.checkpoint(attention_weights, prevent_cse=False)
 
     def step(states: State, column: tuple) -> tuple[State, tuple[Array, Array]]:
         gates_BGF, real_B, fresh_B, visible_BS, kept_LBD = column
@@ -137,7 +146,7 @@ def decode(
         before = [choose(fresh_B, jax.tree.map(jnp.zeros_like, s), s) for s in old]
         with jax.named_scope("attend"):
             query_BA = product("BD,DA->BA", before[-1].h_BF, w["w_query"], *dtypes)
-            weights_BS = attention_weights(query_BA, keys_BSA, w["v"], visible_BS)
+            weights_BS = look(query_BA, keys_BSA, w["v"], visible_BS)
             context_BD = jnp.einsum("BS,BSD->BD", weights_BS, memory_BSD.astype(jnp.float32))
         gates_BGF = gates_BGF + product("BD,GDF->BGF", context_BD, w["w_context"], *dtypes)
         gates_BGF = gates_BGF + product("BF,GFH->BGH", before[0].h_BF, first["w_state"], *dtypes)
@@ -152,7 +161,8 @@ def decode(
     columns = (gates_BTGF, *rows, visible_BTS)
     columns = (*jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), columns), kept_TLBD)
     with jax.named_scope("recur"):
-        states, outputs = jax.lax.scan(step, states, columns)
+        one_column = jax.checkpoint(step, prevent_cse=False) if cfg.remat == "full" else step
+        states, outputs = jax.lax.scan(one_column, states, columns)
     both_BTKD = jnp.stack([jnp.swapaxes(x, 0, 1) for x in outputs], axis=2)
     y_BTD = jnp.tanh(matmul("BTKD,KDE->BTE", both_BTKD, w["w_out"], result=cfg.accum_dtype, **compute))
     return states, constrain(y_BTD.astype(cfg.dtype), "batch", "length", None)

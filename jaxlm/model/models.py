@@ -15,6 +15,7 @@ from types import ModuleType
 
 from jaxlm.errors import UserError, check
 from jaxlm.model import lstm, transformer
+from jaxlm.model.backends import BACKENDS
 from jaxlm.model.config import TransformerConfig
 from jaxlm.model.context_parallel import CONTEXTS, check_columns
 from jaxlm.model.recurrence import LSTMConfig
@@ -46,6 +47,17 @@ def check_row(cfg: ModelConfig, seq_len: int, input_len: int, layout: Layout) ->
                 "its gates read the whole state; use mesh.data and mesh.fsdp"
             )
         return
+    alone = "an encoder" if cfg.has_encoder else "a convolution" if cfg.convolution.width else ""
+    check(
+        layout.stages == 1 or not alone,
+        f"mesh.pipe={layout.stages}: a model with {alone} is not split into stages; use mesh.fsdp or tensor",
+    )
+    columns, backend = layout.mesh_axes("length", compute=True), cfg.attention.backend
+    check(
+        not cfg.has_encoder or layout.size(columns) == 1 or BACKENDS[backend].unordered,
+        f"model.attention.backend={backend!r} of a model with an encoder sees whole rows of inputs, which "
+        f"mesh.{'x'.join(columns)}={layout.size(columns)} splits; use 'blocked', or leave columns whole",
+    )
     check_columns(seq_len, layout, zigzag=CONTEXTS[cfg.attention.context].zigzag and cfg.causal)
     if input_len:
         check_columns(input_len, layout, zigzag=False)

@@ -23,6 +23,7 @@ from jaxlm.data.config import FORMATS, DataConfig
 from jaxlm.errors import check
 from jaxlm.model.backends import check_backend
 from jaxlm.model.config import TransformerConfig
+from jaxlm.model.context_parallel import check_context
 from jaxlm.model.models import ModelConfig
 from jaxlm.objectives.lm import (
     Batch,
@@ -96,8 +97,19 @@ def check_model(model: ModelConfig, data: DataConfig) -> None:
         return
     if name == "prefix_lm":
         check_backend(model.attention.backend, allowed=True)
+        check_context(model.attention.context, allowed=True)
     if facts.labels:
         _check_readout(model, len(data.classes) or 2, name)
+    # Theirs are sums over all tokens of a row; of one, only the tokens that the loss counts divide them.
+    few = model.moe.num_experts > 0 and name in ("mlm", "nsp", "sop", "classification")
+    for field in ("load_balance", "router_z") if few else ():
+        value = getattr(model.moe, field)
+        check(
+            value == 0,
+            f"model.moe.{field}={value}, but the loss of data.format={name!r} counts few of a row's tokens, "
+            "and this one all: it would weigh many times as much; set it to 0 (model.moe.bias_balancing=True "
+            "balances without a loss)",
+        )
     check(
         model.token_types != 1 or name not in ("nsp", "sop"),
         f"model.token_types=1, but data.format={name!r} has two types of tokens; set it to 2, or to 0 = none",

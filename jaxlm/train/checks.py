@@ -1,6 +1,7 @@
 """What the parts of a run ask of each other, before any work is spent."""
 
 from jaxlm.config import RunConfig
+from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError, check
 from jaxlm.model.config import TransformerConfig
 from jaxlm.model.models import check_row
@@ -29,3 +30,21 @@ def check_shapes(cfg: RunConfig, layout: Layout) -> None:
         "mesh.offload='all' fetches the layers of a scan; use it with model.scan=True, or 'optimizer'",
     )
     check_row(cfg.model, cfg.data.seq_len, cfg.data.input_len, layout)
+    rounds = cfg.model.moe.rounds if isinstance(cfg.model, TransformerConfig) else 1
+    columns = layout.size(layout.mesh_axes("length", compute=True))
+    tokens = B // (M * multiple) * (cfg.data.seq_len // columns)
+    if tokens % rounds:
+        divisors = [n for n in range(1, tokens + 1) if tokens % n == 0]
+        raise UserError(
+            f"model.moe.rounds={rounds} does not divide the {tokens} tokens of a device in one pass; the "
+            f"nearest that does: {min(divisors, key=lambda n: abs(n - rounds))}"
+        )
+
+
+def check_tokens(cfg: RunConfig, tokenizer: Tokenizer) -> None:
+    """What the rows of the data ask of the tokenizer's own tokens."""
+    check(
+        not cfg.data.with_bos or tokenizer.bos_id != tokenizer.eos_id,
+        f"data.with_bos=True, but the tokenizer {cfg.data.tokenizer!r} has one token, {tokenizer.eos_id}, "
+        "for the beginning and the end: every text would end with its first token; set data.with_bos=False",
+    )

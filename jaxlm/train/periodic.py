@@ -12,7 +12,7 @@ from jaxlm.errors import check
 from jaxlm.generate.decode import Generator
 from jaxlm.generate.decoder import decoder
 from jaxlm.generate.sampling import SampleConfig
-from jaxlm.model.config import TransformerConfig
+from jaxlm.model.models import ModelConfig
 from jaxlm.sharding import Layout
 from jaxlm.train.loop import Every
 from jaxlm.train.rundir import write_text
@@ -20,7 +20,7 @@ from jaxlm.train.state import TrainState
 
 
 def text_generator(
-    model: TransformerConfig, data: DataConfig, tokenizer: Tokenizer, layout: Layout | None
+    model: ModelConfig, data: DataConfig, tokenizer: Tokenizer, layout: Layout | None
 ) -> Generator:
     """A generator that frames texts as the rows of `data` are."""
     start = getattr(tokenizer, f"{data.decoder_start}_id")
@@ -39,9 +39,11 @@ class Samples:
         self._path, self._generator, self._prompts, self._cfg = path, generator, prompts, cfg
         room = generator.model.max_length
         for prompt in prompts:
-            length = 1 if generator.model.encode else 1 + len(generator.tokenizer.encode(prompt))
+            length = 1 + len(generator.tokenizer.encode(prompt))
+            new = cfg.max_new_tokens
+            fits = max(length, 1 + new) if generator.model.encode else length + new
             check(
-                not room or length + cfg.max_new_tokens <= room,
+                not room or fits <= room,
                 f"train.sample_prompts: {prompt!r} is {length} tokens, which with sample.max_new_tokens="
                 f"{cfg.max_new_tokens} do not fit the model's {room} positions",
             )
@@ -61,7 +63,9 @@ class Samples:
         results = self._generator.generate_text(state.params, self._prompts, self._cfg)
         if self._path is None:
             return
-        texts = [f"{prompt}{result.text}\n" for prompt, result in zip(self._prompts, results, strict=True)]
+        between = " -> " if self._generator.model.encode else ""
+        pairs = zip(self._prompts, results, strict=True)
+        texts = [f"{prompt}{between}{result.text}\n" for prompt, result in pairs]
         with self._path.open("a", encoding="utf-8") as file:
             file.write(f"##### step {step}\n" + "\n-----\n".join(texts) + "\n")
 

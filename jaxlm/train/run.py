@@ -43,7 +43,7 @@ from jaxlm.scaling.memory import memory as transformer_memory
 from jaxlm.sharding import MESH_AXES, Layout, LeafLayout, MeshConfig, describe, make_layout, use
 from jaxlm.train.branch import Branch, find_branch, restore_branch
 from jaxlm.train.checkpoint import Checkpointer, step_dirs
-from jaxlm.train.checks import check_shapes
+from jaxlm.train.checks import check_shapes, check_tokens
 from jaxlm.train.compilation import counted_compilations
 from jaxlm.train.feed import own_rows, place_batch
 from jaxlm.train.loop import Every, NonFiniteError, StopSignals, train_loop
@@ -173,6 +173,7 @@ def train(
         # Shapes alone, so that what does not fit is refused before any text is tokenised.
         tokenizer = chief_first(lambda: load_tokenizer(cfg.data.tokenizer))
         check_vocabulary(tokenizer, cfg.model.vocab_size)
+        check_tokens(cfg, tokenizer)
         # Loss by position is a question for `evaluate`: the rows of a run hold numbers.
         loss = dataclasses.replace(cfg.loss, per_position=False)
         shared = dict(

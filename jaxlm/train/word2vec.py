@@ -48,7 +48,8 @@ def train_vectors(
     Args:
         documents: words of each; no pair spans two.
         cfg: what is learned.
-        epochs: passes over the text; each thins it out and draws windows and noise anew.
+        epochs: passes over the text; each thins it out and draws windows and noise anew. There are as many
+            updates as in that many first passes; a longer last one is cut off.
         batch_size: pairs an update.
         optim: optimizer and schedule.
         seed: of everything that is drawn.
@@ -58,7 +59,9 @@ def train_vectors(
         UserError: a text without two frequent words, or without a pair.
     """
     check(epochs >= 1, f"epochs={epochs} must be at least 1")
+    check(batch_size >= 1, f"batch_size={batch_size} must be at least 1")
     corpus = Corpus.of(documents, cfg.min_count)
+    check(bool(corpus.documents), "the text holds no two words beside each other that have a vector")
     batches = partial(word2vec.epoch_batches, cfg, corpus, batch_size, seed)
     # The schedule needs the number of updates before the first; that of a first pass is that of any, nearly.
     first = sum(1 for _ in batches(0))

@@ -100,7 +100,10 @@ def test_its_gradient_is_that_of_plain_autodiff():
         return jnp.sum(weights * lstm.apply(cfg, params, tokens, segments_BT=segments)[0])
 
     ours = jax.jit(jax.grad(loss))(params)
-    again = jax.jit(jax.grad(partial(loss, cfg=dataclasses.replace(CFG, remat="full"))))(params)
+    again_loss = partial(loss, cfg=dataclasses.replace(CFG, remat="full"))
+    assert "remat" in str(jax.make_jaxpr(again_loss)(params))
+    assert "remat" not in str(jax.make_jaxpr(loss)(params))
+    again = jax.jit(jax.grad(again_loss))(params)
     own, calls = recurrence.recur, []
     try:
         recurrence.recur = lambda *args: calls.append(1) or recurrence._scan(*args)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import types
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -99,6 +100,23 @@ def test_every_pair_of_a_packed_batch_is_the_loop():
     np.testing.assert_array_equal(packed(params, other, tokens)[SEGMENTS != 0], hidden[SEGMENTS != 0])
     changed = packed(params, np.where(INPUT_SEGMENTS == 2, 0, inputs), tokens)
     assert np.abs(changed - hidden)[SEGMENTS == 1].max() == 0 < np.abs(changed - hidden)[SEGMENTS == 2].max()
+
+
+def test_remat_computes_layers_and_columns_again():
+    """Gradients as without; the scores of a column, [B, S, D], are computed again in either."""
+    params, inputs, tokens = random_params(CFG), tokens_of(1, B, S), tokens_of(2, B, T)
+    where = dict(segments_BT=SEGMENTS, memory_segments_BS=INPUT_SEGMENTS)
+
+    def loss(params, cfg):
+        memory = lstm.encode(cfg, params, inputs, segments_BS=INPUT_SEGMENTS)
+        hidden = lstm.apply(cfg, params, tokens, memory_BSD=memory, **where)[0]
+        return jnp.sum(jnp.sin(hidden))
+
+    full = dataclasses.replace(CFG, remat="full")
+    counts = [str(jax.make_jaxpr(partial(loss, cfg=cfg))(params)).count("remat") for cfg in (CFG, full)]
+    assert counts[1] > counts[0] > 0
+    kept, again = (jax.jit(jax.grad(partial(loss, cfg=cfg)))(params) for cfg in (CFG, full))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), kept, again)
 
 
 def test_attention_weights():

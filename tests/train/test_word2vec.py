@@ -94,6 +94,18 @@ def test_gradients_are_those_of_the_paper():
     assert {"/".join(name.split("/")[-2:]) for name, _ in named_leaves(params)} == set(word2vec.AXES)
 
 
+@pytest.mark.parametrize(
+    ("documents", "options", "message"),
+    [
+        ([["a"], ["b"], ["a"], ["b"]], {}, "no two words beside each other"),
+        ([["a", "b"]] * 9, {"batch_size": 0}, "batch_size=0 must be at least 1"),
+    ],
+)
+def test_texts_and_sizes_that_give_no_pairs_are_refused(documents, options, message):
+    with pytest.raises(UserError, match=message):
+        train_vectors(documents, Word2VecConfig(min_count=1, dim=4), **options)
+
+
 def test_analogies_are_counted(tmp_path):
     """Vectors that are sums of two parts answer every question; words without one are skipped."""
     rng = np.random.default_rng(0)
