@@ -203,6 +203,11 @@ class TransformerConfig:
             f"latent.kv_rank={latent}",
         )
         check(
+            not (self.convolution.width and self.causal),
+            f"model.convolution.width={self.convolution.width} with model.causal=True: a convolution sees "
+            "the tokens after its own; use model.causal=False, or width 0",
+        )
+        check(
             self.attention.context != "ring" or not has_moe or self.moe.dispatch != "capacity",
             "model.attention.context='ring' changes the order of columns, by which model.moe.dispatch="
             "'capacity' drops tokens; use context 'gather' or 'ulysses', or dispatch 'dropless'",

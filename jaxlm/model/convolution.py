@@ -21,15 +21,15 @@ from jaxlm.weights import lay_out, matmul
 
 @dataclasses.dataclass(frozen=True)
 class ConvolutionConfig:
-    """How far the convolution beside the first layer sees."""
+    """How far the convolution beside the first layer sees, of a model that is not causal."""
 
     width: int = 0  # W, tokens that it sees, half of them on either side; odd; 0 = no convolution
     activation: str = "tanh"  # name in jaxlm.model.layers.ACTIVATIONS
 
     def __post_init__(self) -> None:
         check(
-            self.width == 0 or self.width % 2 == 1,
-            f"model.convolution.width={self.width} must be odd, such as {self.width + 1}, or 0 for none",
+            self.width >= 0 and (self.width == 0 or self.width % 2 == 1),
+            f"model.convolution.width={self.width} must be odd, such as {max(self.width, 0) + 1}, or 0",
         )
         plain = [name for name, (_, gated) in ACTIVATIONS.items() if not gated]
         check_choice(self.activation, plain, "model.convolution.activation")

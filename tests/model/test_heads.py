@@ -12,7 +12,7 @@ from jaxlm.errors import UserError
 from jaxlm.model import heads, transformer
 from jaxlm.model.attention import AttentionConfig
 from jaxlm.model.axes import AXES
-from jaxlm.model.config import ReadoutConfig, TransformerConfig
+from jaxlm.model.config import EncoderConfig, ReadoutConfig, TransformerConfig
 from jaxlm.model.convolution import ConvolutionConfig, convolved
 from jaxlm.model.disentangled import DisentangledConfig, disentangled_scores
 from jaxlm.model.positions import PositionConfig
@@ -149,6 +149,30 @@ def test_a_convolution_joins_the_first_layer_and_keeps_to_its_document():
     assert params["convolution"]["w"].shape == (3, 24, 24)
     without = hidden(dataclasses.replace(model, convolution=ConvolutionConfig()), params)
     assert float(jnp.abs(hidden(model, params) - without).max()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"causal": True},
+            r"convolution\.width=3 with model\.causal=True: a convolution sees the tokens after its own",
+        ),
+        ({"encoder": EncoderConfig(num_layers=2), "causal": True}, r"convolution\.width=3 with"),
+    ],
+)
+def test_a_causal_model_has_no_convolution(changes, message):
+    model = dataclasses.replace(BASE, convolution=ConvolutionConfig(3))
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(model, **changes)
+
+
+@pytest.mark.parametrize("width", [-3, -2, 4])
+def test_a_convolution_has_a_middle(width):
+    with pytest.raises(
+        UserError, match=rf"convolution\.width={width} must be odd, such as {max(width, 0) + 1},"
+    ):
+        ConvolutionConfig(width)
 
 
 def test_classes_and_a_convolution_on_a_mesh_are_those_of_one_device():
