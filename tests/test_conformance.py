@@ -26,6 +26,7 @@ from jaxlm.model.config import EncoderConfig
 from jaxlm.model.context_parallel import CONTEXTS
 from jaxlm.model.disentangled import DisentangledConfig
 from jaxlm.model.moe import MoEConfig
+from jaxlm.model.positions import PositionConfig
 from jaxlm.objectives.lm import LossConfig, make_lm_objective
 from jaxlm.optim import OptimConfig, make_optimizer, make_schedule
 from jaxlm.sharding import MESH_AXES, MeshConfig, make_layout, make_mesh, use
@@ -95,6 +96,7 @@ MODELS = {
         tie_embeddings=True,
         head_transform=True,
         activation="gelu",
+        position=PositionConfig(kind="none"),
         disentangled=DisentangledConfig(span=9, buckets=6, shared=False, norm=True),
     ),
 }  # fmt: skip

@@ -202,6 +202,12 @@ class TransformerConfig:
             f"model.attention.num_kv_heads={self.attention.num_kv_heads}, qk_norm={self.attention.qk_norm}, "
             f"latent.kv_rank={latent}",
         )
+        known = ("none", "learned", "sinusoidal")
+        check(
+            not self.disentangled.span or self.position.kind in known,
+            f"model.position.kind={self.position.kind!r} with model.disentangled.span="
+            f"{self.disentangled.span}: scores know distances already; use {', '.join(map(repr, known))}",
+        )
         check(
             not (self.convolution.width and self.causal),
             f"model.convolution.width={self.convolution.width} with model.causal=True: a convolution sees "
@@ -217,6 +223,7 @@ class TransformerConfig:
 
     def _check_encoder(self) -> None:
         wanted = {"causal": True, "parallel_block": False, "token_types": 0, "attention.latent.kv_rank": 0}
+        wanted["disentangled.span"] = 0  # whose scale of scores would be that of cross-attention too
         for name, value in wanted.items():
             given = operator.attrgetter(name)(self)
             check(

@@ -134,6 +134,26 @@ def test_attention_to_distances_sees_the_order_of_tokens():
         assert (float(jnp.abs(there - back[:, order]).max()) > 1e-3) == knows
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"position": PositionConfig()}, r"position\.kind='rope' with model\.disentangled\.span=8: .*'none'"),
+        ({"position": PositionConfig(kind="alibi")}, r"position\.kind='alibi' with"),
+        ({"position": PositionConfig(kind="t5")}, r"position\.kind='t5' with"),
+        (
+            {"causal": True, "encoder": EncoderConfig(num_layers=2)},
+            r"disentangled\.span=8 with model\.encoder",
+        ),
+    ],
+)
+def test_what_attention_to_distances_does_not_go_with_is_refused(changes, message):
+    model = dataclasses.replace(BASE, disentangled=DisentangledConfig(span=8))
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(model, **changes)
+    for kind in ("learned", "sinusoidal"):
+        dataclasses.replace(model, position=PositionConfig(kind=kind, max_length=16))
+
+
 def test_a_convolution_joins_the_first_layer_and_keeps_to_its_document():
     cfg = ConvolutionConfig(3)
     key = jax.random.key(0)
