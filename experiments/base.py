@@ -226,12 +226,16 @@ def get_config(size: str = "full") -> ConfigDict:
     optim.momentum = 0.95  # SGD (heavy ball, 0 = none) and Muon (Nesterov)
     optim.weight_decay = 0.1  # decoupled: each update subtracts lr * multiplier * weight_decay * parameter
     # leaves that are not decayed; leaves of fewer than two dimensions never are
-    optim.no_decay = r"(^|/)(scale|bias|sinks|router_b(ias)?|b[qkvo]|b_\w+|\w*norm)$|(^|/)position_bias/"
+    optim.no_decay = (
+        r"(^|/)(scale|bias|sinks|router_b(ias)?|b[qkvo](_rel)?|b_\w+|\w*norm)$"
+        r"|(^|/)(position_bias|distances)/"
+    )
     optim.clip_norm = 1.0  # largest global gradient norm; 0 = no clipping
     optim.multipliers = ()  # (regex, factor) pairs on the learning rate; all that match multiply
     optim.ema = 0.0  # decay of an average of the parameters kept beside them; 0 = none
     optim.muon_rms = 0.2  # Muon: RMS of an update at lr 1; 0 = scale by sqrt(max(1, columns / rows))
-    optim.muon_skip = "(^|/)(embed|head)/|(^|/)router_w$"  # Muon: matrices that take AdamW, as all vectors do
+    # Muon: matrices that take AdamW, as all vectors do
+    optim.muon_skip = "(^|/)(embed|head|classifier)/|(^|/)(router_w|shared_gate)$"
     optim.factor_min = 128  # Adafactor: matrices with fewer rows or columns keep a whole second moment
     optim.parameter_scale = False  # Adafactor: multiply each update by its parameter's RMS (at least 1e-3)
     optim.low_precision = "master"  # bf16 parameters: master (float32 copies) | stochastic (random rounding)

@@ -69,7 +69,8 @@ class OptimConfig:
     multipliers: Multipliers = ()  # (regex, factor) pairs on the learning rate; all that match multiply
     ema: float = 0.0  # decay of an average of the parameters kept beside them; 0 = none
     muon_rms: float = 0.2  # Muon: RMS of an update at lr 1; 0 = scale by sqrt(max(1, columns / rows))
-    muon_skip: str = r"(^|/)(embed|head)/|(^|/)router_w$"  # Muon: matrices that take AdamW, as all vectors do
+    # Muon: matrices that take AdamW, as all vectors do
+    muon_skip: str = r"(^|/)(embed|head|classifier)/|(^|/)(router_w|shared_gate)$"
     factor_min: int = 128  # Adafactor: matrices with fewer rows or columns keep a whole second moment
     parameter_scale: bool = False  # Adafactor: multiply each update by its parameter's RMS (at least 1e-3)
     low_precision: str = "master"  # bf16 parameters: master (float32 copies) | stochastic (random rounding)
@@ -190,6 +191,11 @@ def is_decayed(cfg: OptimConfig, name: str, ndim: int) -> bool:
     return ndim - stacked(name) >= 2 and not re.search(cfg.no_decay, name)
 
 
+def takes_muon(cfg: OptimConfig, name: str, ndim: int) -> bool:
+    """Whether Muon moves a leaf, not its AdamW: the matrices but for `muon_skip`."""
+    return matrix_axes(name, ndim) is not None and not re.search(cfg.muon_skip, name)
+
+
 # --- Assembly ---
 
 
@@ -261,11 +267,9 @@ def _direction(cfg: OptimConfig, b2: Float[Array, ""] | float, eps_multipliers: 
     def dimension_numbers(updates):
         return map_named(lambda name, u: MuonDimensionNumbers(*matrix_axes(name, u.ndim)), updates)
 
-    def takes_muon(name: str, leaf: Any) -> bool:
-        return matrix_axes(name, leaf.ndim) is not None and not re.search(cfg.muon_skip, name)
-
     muon = scale_by_muon(beta=cfg.momentum, weight_dimension_numbers=dimension_numbers)
-    return split(takes_muon, optax.chain(muon, scale_matrices(cfg.muon_rms)), adam)
+    by_muon = lambda name, leaf: takes_muon(cfg, name, leaf.ndim)  # noqa: E731
+    return split(by_muon, optax.chain(muon, scale_matrices(cfg.muon_rms)), adam)
 
 
 def make_optimizer(

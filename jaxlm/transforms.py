@@ -19,7 +19,9 @@ from jaxlm.tree import combine, map_named, partition
 Transform = optax.GradientTransformation
 
 # Gains, offsets and other per-channel leaves: no matrices, however many dimensions they have.
-VECTORS = r"(^|/)(scale|bias|sinks|router_b(ias)?|b[qkvo]|b_\w+|\w*norm)$|(^|/)position_bias/"
+VECTORS = (
+    r"(^|/)(scale|bias|sinks|router_b(ias)?|b[qkvo](_rel)?|b_\w+|\w*norm)$|(^|/)(position_bias|distances)/"
+)
 
 
 # --- Names ---
@@ -44,7 +46,7 @@ def matrix_axes(name: str, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...]]
     if re.search(VECTORS, name) or ndim - stacked(name) < 2:
         return None
     leaf = name.rsplit("/", 1)[-1]
-    if leaf in ("wq", "wk", "wv", "wq_up", "wk_up", "wv_up"):
+    if leaf in ("wq", "wk", "wv", "wq_rel", "wk_rel", "wq_up", "wk_up", "wv_up"):
         return (-3,), (-2, -1)
     if leaf == "wo":
         return (-3, -2), (-1,)

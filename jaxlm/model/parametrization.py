@@ -151,7 +151,7 @@ def optimizer_options(cfg: TransformerConfig, optimizer: Optimizer) -> dict[str,
         )
         lr = {role: 1.0 if role == "hidden" else m for role in LEAVES}
     elif name == "muon":
-        _check_muon_skip(kind, optimizer.muon_skip)
+        _check_muon_skip(cfg, optimizer.muon_skip)
         lr["hidden"] = m**-0.5 if optimizer.muon_rms else 1.0
     check(
         name != "adafactor" or not optimizer.parameter_scale,
@@ -173,13 +173,16 @@ def optimizer_options(cfg: TransformerConfig, optimizer: Optimizer) -> dict[str,
     return out
 
 
-def _check_muon_skip(kind: str, skip: str) -> None:
+def _check_muon_skip(cfg: TransformerConfig, skip: str) -> None:
     """The rule of a leaf depends on which half of Muon it takes: only the usual division has one."""
     hidden = ("attention/wq", "attention/wo", "mlp/w_up", "mlp/w_down", "moe/w_up", "moe/w_down")
-    by_adam = ("embed/table", "embed/positions", "head/w", "blocks/0/moe/router_w")
+    by_adam = ["embed/table", "embed/positions", "head/w", "blocks/0/moe/router_w"]
+    by_adam += ["classifier/w"] * (cfg.readout.classes > 0) + [
+        "blocks/0/moe/shared_gate"
+    ] * cfg.moe.shared_gate
     usual = not any(re.search(skip, f"blocks/0/{name}") for name in hidden)
     check(
         usual and all(re.search(skip, name) for name in by_adam),
-        f"model.parametrization={kind!r} has no rule for optim.muon_skip={skip!r}; it must match embeddings, "
-        "head and router and no hidden matrix",
+        f"model.parametrization={cfg.parametrization!r} has no rule for optim.muon_skip={skip!r}; it must "
+        "match embeddings, heads, router and shared_gate, and no hidden matrix",
     )

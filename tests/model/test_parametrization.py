@@ -13,11 +13,16 @@ import pytest
 from jaxlm.errors import UserError
 from jaxlm.model import transformer as tf
 from jaxlm.model.activations import activations
-from jaxlm.model.attention import AttentionConfig
+from jaxlm.model.attention import AttentionConfig, LatentConfig
+from jaxlm.model.axes import AXES
+from jaxlm.model.config import EncoderConfig, ReadoutConfig
+from jaxlm.model.convolution import ConvolutionConfig
+from jaxlm.model.disentangled import DisentangledConfig
 from jaxlm.model.moe import MoEConfig
 from jaxlm.model.parametrization import LEAVES, attention_config, optimizer_options, rules
 from jaxlm.model.positions import PositionConfig
-from jaxlm.optim import OPTIMIZERS, OptimConfig, make_optimizer
+from jaxlm.optim import OPTIMIZERS, OptimConfig, is_decayed, make_optimizer, takes_muon
+from jaxlm.transforms import matrix_axes
 from jaxlm.tree import map_named, named_leaves
 
 V, T = 31, 8
@@ -76,15 +81,81 @@ def bits(tree):
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
-@pytest.mark.parametrize("cfg", [BASE, RICH, T5], ids=["base", "rich", "t5"])
-def test_every_leaf_has_one_role(cfg):
-    roles = {}
-    for name, _ in named_leaves(tf.abstract_params(cfg)):
-        found = [role for role, pattern in LEAVES.items() if re.search(pattern, name)]
-        assert len(found) == (not name.endswith("router_bias")), (name, found)
-        roles.setdefault(found[0] if found else "router_bias", []).append(name)
-    if cfg is RICH:
-        assert set(roles) == {*LEAVES, "router_bias"}
+# Models that together have every leaf there is.
+READER = dataclasses.replace(
+    RICH,
+    num_layers=1,
+    embed_dim=12,
+    embed_norm=True,
+    head_bias=True,
+    head_transform=True,
+    token_types=2,
+    causal=False,
+    norm_position="sandwich",
+    mlp_pattern=("dense",),
+    moe=MoEConfig(),
+    attention=AttentionConfig(num_heads=2, qkv_bias=True),
+    disentangled=DisentangledConfig(span=4, shared=False, norm=True),
+    convolution=ConvolutionConfig(3),
+    readout=ReadoutConfig(classes=3, dense="tanh"),
+)
+PAIR = dataclasses.replace(
+    RICH,
+    num_layers=1,
+    mlp_pattern=("dense",),
+    moe=MoEConfig(),
+    norm_position="sandwich",
+    position=PositionConfig(kind="t5"),
+    attention=dataclasses.replace(RICH.attention, qk_norm_kind="layernorm"),
+    encoder=EncoderConfig(num_layers=1, vocab_size=37),
+)
+LATENT = dataclasses.replace(
+    BASE,
+    num_layers=3,
+    first_dense=1,
+    mlp_pattern=("moe",),
+    moe=dataclasses.replace(MOE, bias=True, shared_gate=True),
+    attention=AttentionConfig(
+        num_heads=2,
+        qkv_bias=True,
+        latent=LatentConfig(kv_rank=6, q_rank=5, nope_dim=4, rope_dim=4, value_dim=3),
+    ),
+)
+# Leaf -> axes, from the right, of its matrices' rows and columns; by hand, not by the code under test.
+IN, OUT, PLAIN = ((-3,), (-2, -1)), ((-3, -2), (-1,)), ((-2,), (-1,))
+WHOLE = {
+    "embedding": dict.fromkeys(("embed/table", "embed/positions", "embed/types"), PLAIN),
+    "hidden": {
+        **{f"{kind}attention/w{name}": IN for name in "qkv" for kind in ("", "cross_")},
+        **dict.fromkeys(("attention/wo", "cross_attention/wo"), OUT),
+        **{f"attention/w{name}": IN for name in ("q_rel", "k_rel", "q_up", "k_up", "v_up")},
+        **{f"attention/w{name}_down": PLAIN for name in ("q", "kv")},
+        **{f"{kind}/w_{name}": PLAIN for name in ("up", "gate", "down") for kind in ("mlp", "moe")},
+        **{f"moe/shared_w_{name}": PLAIN for name in ("up", "gate", "down")},
+        **{f"{name}/w": PLAIN for name in ("transform", "pooler", "projection", "convolution")},
+    },
+    "head": dict.fromkeys(("head/w", "classifier/w"), PLAIN),
+    "router": dict.fromkeys(("moe/router_w", "moe/shared_gate"), PLAIN),
+}
+
+
+def test_every_leaf_has_one_role_and_is_decayed_and_orthogonalised_by_it():
+    cfg, seen = OptimConfig(name="muon"), set()
+    by_hand = {leaf: (role, axes) for role, leaves in WHOLE.items() for leaf, axes in leaves.items()}
+    for model in (BASE, RICH, T5, READER, PAIR, LATENT):
+        for name, leaf in named_leaves(tf.abstract_params(model)):
+            found = [role for role, pattern in LEAVES.items() if re.search(pattern, name)]
+            last = "/".join(name.split("/")[-2:])
+            seen.add(last)
+            # What is no matrix is a vector, but for biases of heads and of those that balance experts.
+            other = {"head/b": ["head"], "classifier/b": ["head"], "moe/router_bias": []}
+            role, axes = by_hand.get(last, (None, None))
+            assert found == ([role] if role else other.get(last, ["vector"])), name
+            assert matrix_axes(name, leaf.ndim) == axes, name
+            assert is_decayed(cfg, name, leaf.ndim) == (axes is not None), name
+            assert takes_muon(cfg, name, leaf.ndim) == (role == "hidden"), name
+    # No model has the bias: the norm of keys and values has none.
+    assert seen == set(AXES) - {"kv_norm/bias"}
 
 
 FAN_IN = dict(init_std=0.0, scale_embeddings=True)
@@ -301,6 +372,14 @@ def test_refusals():
     for skip in ("embed/", r"(^|/)(embed|head)/|router_w$|attention/wq"):
         with pytest.raises(UserError, match="muon_skip"):
             optimizer_options(complete, OptimConfig(name="muon", muon_skip=skip))
+    before = OptimConfig(name="muon", muon_skip=r"(^|/)(embed|head)/|(^|/)router_w$")
+    optimizer_options(complete, before)
+    for fields in (
+        dict(readout=ReadoutConfig(classes=2)),
+        dict(mlp_pattern=("moe",), moe=dataclasses.replace(MOE, shared_gate=True)),
+    ):
+        with pytest.raises(UserError, match="heads, router and shared_gate"):
+            optimizer_options(dataclasses.replace(complete, **fields), before)
     assert optimizer_options(BASE, SimpleNamespace()) == {}
 
 
