@@ -250,6 +250,11 @@ class TransformerConfig:
                 f"model.parametrization={self.parametrization!r} needs model.{name}: the {own} of the model "
                 f"that the learning rate was tuned on (this one's is {getattr(self, own)})",
             )
+        check(
+            self.parametrization == "standard" or not self.embed_dim,
+            f"model.parametrization={self.parametrization!r} has no rule for model.embed_dim="
+            f"{self.embed_dim}, which does not grow with the width; use model.embed_dim=0",
+        )
         derived = self.attention.head_dim == 0 and self.base_head_dim == 0
         if self.parametrization != "standard" and derived and self.model_dim != self.base_width:
             narrow = max(1, self.base_width // self.attention.num_heads)

@@ -17,7 +17,8 @@ not depend on the gradient's size (AdamW, Lion, Adafactor):
 At m = l = h = 1 all are 1, so that the base model is the standard one to the bit: scores are multiplied by
 base_head_dim^-1/2 (base_head_dim / head_dim), which falls like 1 / head_dim and is head_dim^-1/2 at the base.
 With `init_std` = 0 the standard deviation is fan_in^-1/2, which falls with the width by itself: hidden
-matrices keep it, and all others have it at the base's width. An MLP's width must grow with the model's.
+matrices keep it, and all others have it at the base's width. Every width that a hidden matrix reads must grow
+with the model's: the MLP's, the experts', heads times their size, and the ranks of latent attention.
 
 A tied table is an embedding whose logits are multiplied by 1/m: its learning rate stays, as the embedding's
 does and as the head's with this multiplier does. Embeddings scaled by sqrt(D) are scaled by sqrt(base_width).

@@ -364,6 +364,9 @@ def test_refusals():
         replace(parametrization="completep", base_width=16)
     with pytest.raises(UserError, match=r"attention\.head_dim=16 if .* model\.base_head_dim=8 if"):
         replace(parametrization="mup", base_width=16, model_dim=32, attention=AttentionConfig(num_heads=2))
+    for kind in ("mup", "completep"):
+        with pytest.raises(UserError, match=rf"'{kind}' has no rule for model\.embed_dim=8"):
+            wider(BASE, 2, kind, embed_dim=8)
     complete = wider(BASE, 2, "completep")
     with pytest.raises(UserError, match=r"no rule for optim\.name='sgd'"):
         optimizer_options(complete, OptimConfig(name="sgd"))
