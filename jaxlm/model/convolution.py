@@ -33,6 +33,11 @@ class ConvolutionConfig:
         )
         plain = [name for name, (_, gated) in ACTIVATIONS.items() if not gated]
         check_choice(self.activation, plain, "model.convolution.activation")
+        check(
+            self.width > 0 or self.activation == "tanh",
+            f"model.convolution.activation={self.activation!r} without a convolution: set "
+            "model.convolution.width",
+        )
 
 
 def convolution_init(

@@ -39,7 +39,22 @@ class DisentangledConfig:
             check(value >= 0, f"model.disentangled.{name}={value} must not be negative")
         for term in self.terms:
             check_choice(term, TERMS, "model.disentangled.terms")
-        check(self.buckets != 1, "model.disentangled.buckets=1 must be at least 2, or 0 for none")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            check(
+                self.span > 0 or value == field.default,
+                f"model.disentangled.{field.name}={value!r} without attention to distances: set "
+                "model.disentangled.span",
+            )
+        check(
+            0 < len(set(self.terms)) == len(self.terms),
+            f"model.disentangled.terms={self.terms!r} must name one term or both, each once",
+        )
+        check(
+            self.buckets != 1 and self.buckets <= self.span,
+            f"model.disentangled.buckets={self.buckets} must lie between 2 and model.disentangled.span="
+            f"{self.span}, or be 0 for one a distance",
+        )
 
     @property
     def rows(self) -> int:

@@ -58,10 +58,18 @@ class MoEConfig:
         for name in at_least_0:
             check(getattr(self, name) >= 0, f"moe.{name}={getattr(self, name)!r} must be >= 0")
         check(self.rounds >= 1, f"moe.rounds={self.rounds!r} must be >= 1")
-        check(
-            self.rounds == 1 or self.dispatch == "dropless",
-            f"moe.rounds={self.rounds} is for moe.dispatch='dropless'; 'capacity' has one round",
-        )
+        sent = self.dispatch == "dropless" and self.dropless_backend != "dense"
+        for name, unset in {"exchange": "auto", "buffer_factor": 0.0, "rounds": 1}.items():
+            check(
+                sent or getattr(self, name) == unset,
+                f"moe.{name}={getattr(self, name)!r} is for moe.dispatch='dropless' with a "
+                "moe.dropless_backend other than 'dense'",
+            )
+        for name in ("shared_dim", "shared_gate"):
+            check(
+                self.shared_experts > 0 or not getattr(self, name),
+                f"moe.{name}={getattr(self, name)} without shared experts: set moe.shared_experts",
+            )
         for name in ("routed_scale", "capacity_factor"):
             check(getattr(self, name) > 0, f"moe.{name}={getattr(self, name)!r} must be > 0")
         if self.num_experts == 0:
@@ -84,6 +92,10 @@ class MoEConfig:
         check(
             1 <= self.group_best <= within,
             f"moe.group_best={self.group_best} must be between 1 and {within}, the experts of a group",
+        )
+        check(
+            self.groups > 1 or self.group_best == 1,
+            f"moe.group_best={self.group_best} with one group: set moe.groups",
         )
         check(
             self.top_k > 1 or self.num_experts == 1 or not self.normalize,

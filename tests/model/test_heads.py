@@ -187,6 +187,29 @@ def test_a_causal_model_has_no_convolution(changes, message):
         dataclasses.replace(model, **changes)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(buckets=4), r"buckets=4 without attention to distances: set model\.disentangled\.span"),
+        (dict(terms=("c2p",)), r"terms=\('c2p',\) without"),
+        (dict(shared=False), "shared=False without"),
+        (dict(norm=True), "norm=True without"),
+        (dict(span=8, terms=()), r"terms=\(\) must name one term or both"),
+        (dict(span=8, terms=("p2c", "p2c")), "each once"),
+        (dict(span=8, buckets=9), r"buckets=9 must lie between 2 and model\.disentangled\.span=8"),
+        (dict(span=8, buckets=1), "buckets=1 must lie between 2"),
+    ],
+)
+def test_fields_of_disentangled_attention_that_mean_nothing_are_refused(fields, message):
+    with pytest.raises(UserError, match=message):
+        DisentangledConfig(**fields)
+
+
+def test_an_activation_without_a_convolution_is_refused():
+    with pytest.raises(UserError, match=r"activation='gelu' without a convolution"):
+        ConvolutionConfig(activation="gelu")
+
+
 @pytest.mark.parametrize("width", [-3, -2, 4])
 def test_a_convolution_has_a_middle(width):
     with pytest.raises(

@@ -329,6 +329,18 @@ def test_bf16_stays_near_fp32(dispatch):
         (dict(rounds=0), r"moe.rounds=0 must be >= 1"),
         (dict(rounds=2, dispatch="capacity"), r"moe.rounds=2 is for moe.dispatch='dropless'"),
         (dict(load_balance=-1.0), r"moe.load_balance=-1.0 must be >= 0"),
+        (dict(shared_dim=8), r"moe.shared_dim=8 without shared experts"),
+        (dict(shared_gate=True), r"moe.shared_gate=True without shared experts"),
+        (dict(num_experts=4, group_best=2), r"moe.group_best=2 with one group"),
+        (
+            dict(exchange="padded", dispatch="capacity"),
+            r"moe.exchange='padded' is for moe.dispatch='dropless'",
+        ),
+        (
+            dict(buffer_factor=2.0, dropless_backend="dense"),
+            r"moe.buffer_factor=2.0 is for .* other than 'dense'",
+        ),
+        (dict(rounds=2, dropless_backend="dense"), r"moe.rounds=2 is for moe.dispatch='dropless'"),
     ],
 )
 def test_bad_fields_are_refused_by_name(fields, message):
