@@ -55,7 +55,7 @@ class Block(nn.Module):
     """
 
     cfg: TransformerConfig
-    attention: str = "global"  # global | local
+    attention: str = "global"  # global | local | nope
     mlp: str = "dense"  # dense | moe
     cross: bool = False  # attend to ctx.memory_BSD after attending to itself
 
@@ -145,8 +145,9 @@ def blocks_of(cfg: TransformerConfig) -> list[Block]:
 def init(cfg: TransformerConfig, key: Array, *, init_scale: Float[Array, ""] | float = 1.0) -> Params:
     """Parameters of the model.
 
-    Every leaf's key is folded from (key, its path, its layer), so the values do not depend on the mesh, nor
-    on whether the layers will be scanned.
+    Every layer's key is folded from the key and its index, and its leaves' from that and their paths; what
+    stands beside the layers has keys of its own. So the values depend neither on the mesh nor on whether the
+    layers will be scanned.
 
     Args:
         cfg: the model.
@@ -327,7 +328,7 @@ def apply(
             0 marks columns that are not written; a row of a cache is one document.
         positions_BT: position in the document, from 0; default the column. With segments they must grow along
             a document: a causal query is not compared with later columns then.
-        allowed_BTS: a further mask (training and prefill without a cache).
+        allowed_BTS: a further mask, of a call without a cache.
         types_BT: kind of each token, in [0, cfg.token_types); default 0 (BERT's first and second sentence).
         memory_BSD: what an encoder made of the inputs, for a model that has one; a call with a cache that
             holds it already goes without.
@@ -339,6 +340,10 @@ def apply(
     Returns:
         (hidden_BTD in `cfg.dtype`, the new cache or None, aux). `aux` is empty without experts; else `loss`
         is a sum to be added to the loss sum, and the rest are metrics as (sum, weight).
+
+    Raises:
+        UserError: more columns than learned positions, no inputs for a model with an encoder, a further mask
+            beside a cache, or columns that the mesh does not divide.
     """
     B, T = tokens_BT.shape
     ordered = positions_BT is None or segments_BT is not None  # rows without documents may hold any positions
@@ -352,6 +357,10 @@ def apply(
         check(
             memory_BSD is not None or cache is not None, "a model with an encoder needs inputs to attend to"
         )
+    check(
+        cache is None or allowed_BTS is None,
+        "allowed_BTS is a mask of a call's own columns, and this call reads a cache; leave one of them out",
+    )
     zigzag = CONTEXTS[cfg.attention.context].zigzag and ordered and cfg.causal and cache is None
     if cache is None:
         check_columns(T, current(), zigzag=zigzag)

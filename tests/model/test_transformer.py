@@ -381,6 +381,12 @@ def test_bidirectional_and_prefix_masks():
     assert not np.allclose(base[0, 0], inside[0, 0])
 
 
+def test_a_further_mask_is_not_dropped_beside_a_cache():
+    cache, shape = jax.eval_shape(lambda: tf.init_cache(SMALL, 1, T)), (1, T, T)
+    with pytest.raises(UserError, match="allowed_BTS is a mask of a call's own columns"):
+        tf.apply(SMALL, {}, tokens((1, T)), cache=cache, allowed_BTS=jnp.ones(shape, bool))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
