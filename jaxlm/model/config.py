@@ -236,7 +236,14 @@ class TransformerConfig:
             f"model.parametrization='completep' scales by one depth: model.encoder.num_layers="
             f"{self.encoder.num_layers} must be model.num_layers={self.num_layers}",
         )
-        encoder_of(self)  # refuses sizes that do not fit together
+        try:
+            encoder_of(self)
+        except UserError as error:  # which knows of no encoder: what it names are the fields of a decoder
+            own = {
+                field.name: getattr(self.encoder, field.name) for field in dataclasses.fields(self.encoder)
+            }
+            sizes = ", ".join(f"{name}={size}" for name, size in own.items() if size)
+            raise UserError(f"the encoder cannot have model.encoder.{sizes}: as a model, {error}") from error
 
     def _check_parametrization(self) -> None:
         check_choice(self.parametrization, PARAMETRIZATIONS, "model.parametrization")

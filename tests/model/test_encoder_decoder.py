@@ -160,7 +160,22 @@ def test_the_table_is_shared_unless_the_encoder_has_a_vocabulary():
     [
         ({"causal": False}, r"model.causal=False with model.encoder.num_layers=2"),
         ({"parallel_block": True}, r"needs parallel_block=False"),
-        ({"encoder": EncoderConfig(num_layers=2, num_heads=3)}, r"num_kv_heads=2 must divide num_heads=3"),
+        (
+            {"encoder": EncoderConfig(num_layers=2, num_heads=3)},
+            r"encoder cannot have model\.encoder\.num_layers=2, num_heads=3: .*num_kv_heads=2 must divide",
+        ),
+        (
+            {"attention": AttentionConfig(), "encoder": EncoderConfig(num_layers=2, num_heads=5)},
+            r"encoder cannot have model\.encoder\.num_layers=2, num_heads=5: .*model_dim=16 is not divisible",
+        ),
+        (
+            {"shared_layers": 3, "attention": AttentionConfig(), "encoder": EncoderConfig(num_layers=4)},
+            r"encoder cannot have model\.encoder\.num_layers=4: .*shared_layers=3",
+        ),
+        (
+            {"position": PositionConfig(), "encoder": EncoderConfig(num_layers=2, num_heads=2, head_dim=5)},
+            r"encoder cannot have model\.encoder\.num_layers=2, num_heads=2, head_dim=5: .*",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(changes, message):
