@@ -14,7 +14,15 @@ from jaxlm.model.heads import norm, unembed
 from jaxlm.model.latent_attention import LatentAttention
 from jaxlm.model.layers import MLP
 from jaxlm.model.moe import MoE
-from jaxlm.model.transformer import Params, blocks_of, embed, last_norm, make_context, position_table
+from jaxlm.model.transformer import (
+    Params,
+    blocks_of,
+    embed,
+    in_use,
+    last_norm,
+    make_context,
+    position_table,
+)
 
 
 def activations(
@@ -28,7 +36,7 @@ def activations(
     memory_BSD: Float[Array, "B S D"] | None = None,
     memory_segments_BS: Int[Array, "B S"] | None = None,
 ) -> dict[str, Float[Array, "..."]]:
-    """What the layers compute on one document a row, layer by layer: for looking at, not for training.
+    """The branches and the stream of every layer, as `apply` computes them without dropout.
 
     Args:
         cfg, params, tokens_BT, segments_BT, positions_BT, types_BT, memory_BSD, memory_segments_BS: as for
@@ -57,7 +65,11 @@ def activations(
         if row is not None:
             params_l = jax.tree.map(lambda a, row=row: a[row], params_l)
         (x_BTD, _, _), captured = block.apply(
-            {"params": params_l}, x_BTD, ctx, capture_intermediates=branch, mutable=["intermediates"]
+            {"params": in_use(cfg, params_l)},
+            x_BTD,
+            ctx,
+            capture_intermediates=branch,
+            mutable=["intermediates"],
         )
         x_BTD = after(x_BTD, jnp.asarray(i))
         outputs = {name: calls["__call__"][0] for name, calls in captured["intermediates"].items()}

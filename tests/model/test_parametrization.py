@@ -395,3 +395,10 @@ def test_activations_are_those_of_the_model(cfg, params_of):
     stream = np.stack([seen["embedding"], *seen["residual"]])
     branches = (seen["attention"] + seen["mlp"]) / cfg.num_layers
     np.testing.assert_allclose(np.diff(stream, axis=0), branches, rtol=1e-4, atol=1e-6)
+
+
+def test_activations_of_a_quantised_model_are_quantised(params_of):
+    rounded, params = dataclasses.replace(BASE, quant="int8"), params_of(BASE)
+    seen = jax.jit(partial(activations, rounded))(params, TOKENS)["logits"]
+    want, plain = logits_of(rounded, params), logits_of(BASE, params)
+    assert np.abs(seen - want).max() < 0.1 * np.abs(plain - want).max()
