@@ -84,10 +84,10 @@ def attend_split(
     Args:
         attend: `(q, k, v, mask, *, bias_BNTS, sinks_N, softcap, **options)` on one device.
         q_BTNH, k_BTKH, v_BTKH: projections.
-        mask: a `jaxlm.model.attention.Mask` of queries and keys that are the same columns.
+        mask: a `jaxlm.model.masks.Mask` of queries and keys that are the same columns.
         context: name in `CONTEXTS`.
         zigzag: the columns lie in that order and the mask is causal.
-        bias_BNTS, sinks_N, softcap, options: as for `jaxlm.model.attention.attend`.
+        bias_BNTS, sinks_N, softcap, options: as for `jaxlm.model.backends.attend`.
 
     Raises:
         UserError: heads that do not divide as the mode needs, or an option that it does not offer.

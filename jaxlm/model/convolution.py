@@ -90,7 +90,7 @@ def convolved(
     T, half = x_BTD.shape[1], cfg.width // 2
     pad = lambda a: jnp.pad(a, ((0, 0), (half, half), *[(0, 0)] * (a.ndim - 2)))  # noqa: E731
     padded_BUD, padded_BU = pad(x_BTD), pad(segments_BT)
-    y_BTD = params["b"].astype(dtype)
+    y_BTD = jnp.broadcast_to(params["b"].astype(dtype), x_BTD.shape)
     for d in range(cfg.width):
         seen_BT = (padded_BU[:, d : d + T] == segments_BT) & (segments_BT != 0)
         shifted_BTD = padded_BUD[:, d : d + T] * seen_BT[:, :, None].astype(x_BTD.dtype)

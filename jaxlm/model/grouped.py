@@ -158,7 +158,7 @@ def grouped_matmul(
         x_MD: rows sorted by group.
         w_EDF: one matrix per group.
         group_sizes_E: rows of each group; their sum is at most M.
-        backend: `loop` or `ragged`, see `jaxlm.model.dispatch`.
+        backend: `loop` or `ragged`, see `jaxlm.model.moe.dropless_backend`.
         dtype: compute dtype.
         accum: dtype of the sums.
         result: dtype of the result; default `dtype`.

@@ -62,7 +62,7 @@ class LSTMConfig:
     tie_embeddings: bool = False  # the head is the embedding table
     forget_bias: float = 1.0  # initial bias of the forget gates
     dropout: float = 0.0  # of the embeddings and of what each layer passes up
-    init_std: float = 0.0  # of weights; 0 = fan_in ** -0.5
+    init_std: float = 0.0  # of weights; 0 = fan_in ** -0.5, or model_dim ** -0.5 of all in `additive`
     remat: str = "none"  # none | full: the backward pass computes a layer's gates again
     dtype: str = "float32"  # operands of products, and activations; states and gates are in accum_dtype
     param_dtype: str = "float32"  # stored parameters
