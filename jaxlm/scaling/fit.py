@@ -14,7 +14,7 @@ from scipy import stats
 from jaxlm import __version__
 from jaxlm.errors import check, check_choice
 from jaxlm.scaling import diagnostics, optima, solve, uncertainty
-from jaxlm.scaling.laws import get_law
+from jaxlm.scaling.laws import UNBOUNDED, Law, get_law
 from jaxlm.scaling.lines import percentiles
 from jaxlm.scaling.problem import OBJECTIVES, TINY, Problem, make_problem
 from jaxlm.scaling.record import SURFACES, Fit
@@ -266,6 +266,13 @@ def _profiles(
     return out, better
 
 
+def _public_limits(law: Law, name: str) -> tuple[float, float]:
+    """What a parameter or a derived number may be; a law's limits of mixed ones are of other coordinates."""
+    if name in law.logs:
+        return 0.0, np.inf
+    return UNBOUNDED if name in law.mixed else law.limits.get(name, UNBOUNDED)
+
+
 def _intervals(
     problem: Problem,
     phi: np.ndarray,
@@ -301,7 +308,7 @@ def _intervals(
                 continue  # a direction that no run constrains: no interval, and not one of no width
             error = float(np.sqrt(variance))
             ends = uncertainty.delta_interval(float(value), error, shape.dof, level, positive)
-            low, high = law.limits.get(name, (-np.inf, np.inf)) if name not in law.logs else (0.0, np.inf)
+            low, high = _public_limits(law, name)
             kinds[kind] = [max(ends[0], low), min(ends[1], high)]
         out[name] = kinds
     return out

@@ -1,5 +1,6 @@
 """The laws: gradients, optima, limits in which one law is another, and recovery of known parameters."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from scipy.optimize import minimize_scalar
 
 from jaxlm.errors import UserError
+from jaxlm.scaling.fit import run_fit
 from jaxlm.scaling.laws import LAWS, features, get_law, optimum, predict, to_coordinates, to_parameters
 from jaxlm.scaling.problem import OBJECTIVES, make_problem
 from jaxlm.scaling.solve import solve
@@ -114,6 +116,22 @@ def recover(law: str, objective: str, starts: int) -> dict[str, float]:
 def test_exact_runs_give_the_parameters_back(law):
     got = recover(law, "log_mse", 8 if law == "moe_sparsity" else 4)
     assert got == pytest.approx(TRUTH[law], rel=1e-7)
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_an_interval_holds_its_estimate(law):
+    """Of every kind, of parameters and of derived numbers, though a law's limits are of its coordinates."""
+    points, target = runs(law, 60), LAWS[law].target
+    noise = np.exp(np.random.default_rng(2).normal(0, 0.002, len(points)))
+    moved = points.L * noise if target == "L" else points.extra[target] * noise
+    extra = dict(points.extra) if target == "L" else {**points.extra, target: moved}
+    points = dataclasses.replace(points, extra=extra, **({"L": moved} if target == "L" else {}))
+    fit = run_fit(points, law, objective="log_mse", starts=4, draws=0, profile=False)
+    kinds = [(name, kind, ends) for name, found in fit.intervals.items() for kind, ends in found.items()]
+    assert {kind for _, kind, _ in kinds} == {"gauss_newton", "sandwich"}
+    for name, kind, (low, high) in kinds:
+        value = {**fit.parameters, **fit.derived}[name]
+        assert low <= value <= high, (name, kind, low, value, high)
 
 
 @pytest.mark.slow
