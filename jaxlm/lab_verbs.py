@@ -161,7 +161,9 @@ def _fit(values: flags.FlagValues, positional: Sequence[str], config: Any) -> in
 
 def _predict_flags(values: flags.FlagValues) -> None:
     _text(values, "fit", None, "fit.json that `jaxlm fit` wrote")
-    _real(values, "budget", 0.0, "training FLOPs to predict for", 0)
+    flags.DEFINE_multi_string(
+        "budget", [], "training FLOPs to predict for; several with commas, or repeated", flag_values=values
+    )
     _whole(values, "next", 0, "recommend so many runs that would narrow N* at the budget most")
     _real(values, "level", 0.95, "of the intervals")
     flags.DEFINE_multi_string("at", [], "another input of the law, such as U=1e9", flag_values=values)
@@ -172,11 +174,12 @@ def _predict(values: flags.FlagValues, positional: Sequence[str], config: Any) -
     no_positional("predict", positional)
     need(values, "predict", "fit", "budget")
     _need_extra("predict")
-    from jaxlm.scaling.fit_table import parse_pairs
+    from jaxlm.scaling.fit_table import parse_numbers, parse_pairs
     from jaxlm.scaling.predict import predict_command
 
     options = dict(next_count=values.next, level=values.level, as_json=values.json)
-    predict_command(values.fit, values.budget, **options, **parse_pairs(values.at, "--at"))
+    budgets = parse_numbers(values.budget, "--budget", "1e22")
+    predict_command(values.fit, budgets, at=parse_pairs(values.at, "--at"), **options)
     return 0
 
 
@@ -294,7 +297,7 @@ VERBS: dict[str, Verb] = {
     ),
     "predict": Verb(
         "Say what a fit predicts at a budget: size, tokens and loss, each with its interval.",
-        "--fit=FILE --budget=FLOPS [--next=K]",
+        "--fit=FILE --budget=FLOPS[,FLOPS...] [--next=K]",
         "jaxlm predict --fit=runs/scaling/fits/surface/fit.json --budget=1e13 --next=3",
         _predict_flags,
         _predict,

@@ -31,8 +31,8 @@ The pitfalls of the literature, and what stands against each:
   17  reporting                                   impossible to leave out: `Fit` has a field for each item
                                                   of the (Mis)Fitting checklist, and the report prints them
 
-Beyond these: extrapolation, draws_without_optimum, no_optimum, no_interval (`predict`), narrow_range,
-flops_by_6nd, residual_trend, exponents_do_not_add, no_envelope.
+Beyond these: extrapolation, draws_without_optimum, curve_without_optimum, no_optimum, no_interval
+(`predict`), narrow_range, flops_by_6nd, residual_trend, exponents_do_not_add, no_envelope.
 """
 
 import itertools

@@ -20,6 +20,22 @@ from jaxlm.scaling.record import SURFACES, Fit, save_fit
 from jaxlm.scaling.table import Points
 
 
+def parse_numbers(texts: Sequence[str], flag: str, example: str) -> list[float]:
+    """`["1e22,1e23"]` as [1e22, 1e23], one at least.
+
+    >>> parse_numbers(["1e22,1e23", "2e23"], "--budget", "1e22")
+    [1e+22, 1e+23, 2e+23]
+    """
+    out = []
+    for part in (part.strip() for text in texts for part in text.split(",")):
+        try:
+            out.append(float(part))
+        except ValueError:
+            raise UserError(f"{flag}={part}: not a number, such as {flag}={example}") from None
+    check(bool(out), f"{flag} needs a number, such as {flag}={example}")
+    return out
+
+
 def parse_pairs(texts: Sequence[str], flag: str) -> dict[str, float]:
     """`["E=1.69"]` as {'E': 1.69}; several may stand in one text, with commas.
 

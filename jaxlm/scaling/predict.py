@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float64
 from scipy.special import ndtri
 
-from jaxlm.errors import check
+from jaxlm.errors import UserError, check, nearest
 from jaxlm.scaling.design_checks import Found, found
 from jaxlm.scaling.laws import features, get_law, to_coordinates
 from jaxlm.scaling.lines import Refusal, percentiles
@@ -94,6 +94,18 @@ def surface(
     check(not missing, f"law={fit.law!r} needs {', '.join(missing)} too: {law.formula}")
     x = features({name: inputs[name] for name in law.inputs})
     return law.form(_coordinates(fit, table, x), x)[0]
+
+
+def check_inputs(fit: Fit, given: Mapping[str, float]) -> None:
+    """`UserError` for a further input that the law does not read, or of a value that it cannot take."""
+    known = [] if fit.method in LINES else [n for n in get_law(fit.law).inputs if n not in ("N", "D", "C")]
+    what = f"a fit of {fit.law} by {fit.method}"
+    for name, value in given.items():
+        if name not in known:
+            takes = f"takes {', '.join(known)}" if known else "takes no input besides the budget"
+            raise UserError(f"{what} has no input {name!r}{nearest(name, known)}: it {takes}")
+        good = (0 <= value < 1) if name == "sparsity" else (math.isfinite(value) and value > 0)
+        check(good, f"{name}={value} is outside what {what} takes")
 
 
 def optima(fit: Fit, budget: float, **extra: float) -> tuple[Float64[Array, "S"], Float64[Array, "S"]]:
@@ -212,19 +224,31 @@ def predict(fit: Fit, budget: float, level: float = 0.95, **extra: float) -> Pre
 
     Raises:
         Refusal: no_interval (too few draws), no_optimum (no interior one, or a law without).
-        UserError: a budget or level out of range; an input of the law is missing.
+        UserError: a budget or level out of range; an input of the law is missing, or given and not read.
     """
     check(math.isfinite(budget) and budget > 0, f"budget={budget} must be positive FLOPs")
     check(0 < level < 1, f"level={level} must lie between 0 and 1")
+    check_inputs(fit, extra)
     here, draws = _at(fit, budget, level, extra)
     seen = np.asarray(fit.points["C"], float)
-    curve = []
+    curve, bare = [], []
     for c in np.geomspace(min(seen.min(), budget), max(seen.max(), budget), 25):
+        try:
+            estimates = _at(fit, float(c), level, extra)[0]
+        except Refusal as error:
+            if error.name != "no_optimum":
+                raise
+            bare.append(float(c))
+            continue
         row = {"budget": float(c)}
-        for name, estimate in _at(fit, float(c), level, extra)[0].items():
+        for name, estimate in estimates.items():
             row |= {name: estimate.value, f"{name}_lo": estimate.lo, f"{name}_hi": estimate.hi}
         curve.append(row)
     alarms = extrapolation(fit, budget, here["D"].value)
+    if bare:
+        text = f"{len(bare)} of 25 budgets of the curve ({bare[0]:.3g} to {bare[-1]:.3g} FLOPs) have no "
+        text += "interior optimum and are left out of it"
+        alarms += found("curve_without_optimum", "note", text, len(bare))
     lost = len(fit.draws) - draws
     if lost:
         text = f"{lost} of {len(fit.draws)} draws have no optimum at this budget and are not in the intervals"
@@ -336,29 +360,53 @@ def next_runs(
 
 def predict_command(
     path: str | Path,
-    budget: float,
+    budgets: Sequence[float],
     *,
+    at: Mapping[str, float] = {},
     next_count: int = 0,
     level: float = 0.95,
     as_json: bool = False,
-    **extra: float,
 ) -> None:
-    """`jaxlm predict`: prints what the fit in `path` says about a budget, as a table or as JSON."""
+    """`jaxlm predict`: prints what the fit in `path` says about budgets, as tables or as JSON.
+
+    Args:
+        path: fit.json, or the folder that holds it.
+        budgets: training FLOPs, one answer each; JSON of several is a list.
+        at: further inputs of the law, see `predict`.
+        next_count: how many next runs to recommend for each budget.
+        level: of the intervals.
+        as_json: print JSON.
+
+    Raises:
+        UserError, Refusal: as `predict` and `next_runs` do, before anything is printed.
+    """
+    fit = load_fit(path)
+    check_inputs(fit, at)
+    results = [predict(fit, budget, level, **at) for budget in budgets]
+    after = [next_runs(fit, budget, k=next_count) if next_count else [] for budget in budgets]
+    if as_json:
+        records = [_record(result, runs) for result, runs in zip(results, after, strict=True)]
+        print(json.dumps(records[0] if len(records) == 1 else records, indent=2))
+        return
+    for result, runs in zip(results, after, strict=True):
+        _show(fit, result, runs)
+
+
+def _record(result: Prediction, after: Sequence[NextRun]) -> dict:
+    """A prediction as JSON holds it."""
+    record = dataclasses.asdict(result)
+    for name in ("N", "D", "L", "L_law", "tokens_per_param"):
+        record[name] = getattr(result, name)._asdict()
+    return record | {"next": [dataclasses.asdict(run) for run in after]}
+
+
+def _show(fit: Fit, result: Prediction, after: Sequence[NextRun]) -> None:
+    """Prints a prediction as tables, with the fit's warnings and its own."""
     from rich.console import Console
     from rich.table import Table
 
-    fit = load_fit(path)
-    result = predict(fit, budget, level, **extra)
-    after = next_runs(fit, budget, k=next_count) if next_count else []
-    if as_json:
-        record = dataclasses.asdict(result)
-        for name in ("N", "D", "L", "L_law", "tokens_per_param"):
-            record[name] = getattr(result, name)._asdict()
-        record |= {"next": [dataclasses.asdict(run) for run in after]}
-        print(json.dumps(record, indent=2))
-        return
     console = Console(width=None if Console().is_terminal else 110)
-    label = f"{100 * level:g}%"
+    budget, label = result.budget, f"{100 * result.level:g}%"
     table = Table(title=f"{fit.law} by {fit.method} at C = {budget:.4g} FLOPs", title_justify="left")
     for column in ("what", "value", f"{label} from", "to"):
         table.add_column(column, justify="left" if column == "what" else "right")
@@ -366,7 +414,7 @@ def predict_command(
         ("N*, parameters", result.N, "{:.4g}"),
         ("D*, tokens", result.D, "{:.4g}"),
         ("tokens per parameter", result.tokens_per_param, "{:.4g}"),
-        ("loss of the run, nats", result.L, "{:.5f}"),
+        ("loss of the run, in the table's unit", result.L, "{:.5f}"),
         ("loss, the law alone", result.L_law, "{:.5f}"),
     )
     for name, estimate, form in rows:

@@ -7,7 +7,9 @@ import math
 import numpy as np
 import pytest
 
+from jaxlm.cli import main
 from jaxlm.errors import UserError
+from jaxlm.scaling import predict as predict_module
 from jaxlm.scaling.fit import run_fit
 from jaxlm.scaling.laws import get_law, to_coordinates
 from jaxlm.scaling.laws import optimum as law_optimum
@@ -53,6 +55,18 @@ def sweep(noise=0.003, seed=0, budgets=BUDGETS, sizes=7, width=6.0):
 def fitted(points, draws=100, seed=0, **options):
     options = dict(objective="log_mse", starts=4, profile=False) | options
     return run_fit(points, "chinchilla", "surface", draws=draws, seed=seed, **options)
+
+
+def constrained(fit):
+    """The fit as one of the data-constrained law, with far more unique tokens than it needs."""
+    limits = {"R_D": 1e9, "R_N": 1e9}
+    return dataclasses.replace(
+        fit,
+        law="data_constrained",
+        parameters=fit.parameters | limits,
+        names=(*fit.names, "R_D", "R_N"),
+        draws=[[*row, 1e9, 1e9] for row in fit.draws],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -112,19 +126,10 @@ def test_a_wider_level_and_a_longer_reach_widen_the_interval(fit):
 def test_numeric_and_closed_optima_agree(fit):
     """A data-constrained law with far more unique tokens than it needs is Chinchilla's."""
     closed = optima(fit, 1e20)[0]
-    names = (*fit.names, "R_D", "R_N")
-    limits = {"R_D": 1e9, "R_N": 1e9}
-    constrained = dataclasses.replace(
-        fit,
-        law="data_constrained",
-        parameters=fit.parameters | limits,
-        names=names,
-        draws=[[*row, 1e9, 1e9] for row in fit.draws],
-    )
-    numeric = optima(constrained, 1e20, U=1e12)[0]
+    numeric = optima(constrained(fit), 1e20, U=1e12)[0]
     assert numeric == pytest.approx(closed, abs=1e-3)
     with pytest.raises(UserError, match="U"):
-        optima(constrained, 1e20)
+        optima(constrained(fit), 1e20)
 
 
 def test_the_surface_of_the_estimate_and_of_the_draws(fit):
@@ -178,6 +183,34 @@ def test_draws_without_an_optimum_are_counted(fit):
     result = predict(dataclasses.replace(fit, draws=draws.tolist()), 1e20)
     assert result.draws == 93
     assert "draws_without_optimum" in [a["name"] for a in result.diagnostics]
+
+
+def test_further_inputs_are_named_and_in_range(fit):
+    one = constrained(fit)
+    assert predict(one, 1e20, U=1e12).N.value == pytest.approx(predict(fit, 1e20).N.value, rel=1e-3)
+    with pytest.raises(UserError, match=r"has no input 'u'.*takes U"):
+        predict(one, 1e20, u=1e12)
+    with pytest.raises(UserError, match="U=-1"):
+        predict(one, 1e20, U=-1)
+
+
+def test_a_curve_leaves_out_what_has_no_optimum_and_says_so(fit, monkeypatch):
+    """A numeric law may have none at small budgets, which says nothing about the one that was asked for."""
+    real = predict_module.optima
+
+    def none_below(fit, budget, **extra):
+        log_n, log_d = real(fit, budget, **extra)
+        return (log_n, log_d) if budget > 1e19 else (np.full_like(log_n, np.nan), log_d)
+
+    whole = predict(fit, 1e21)
+    monkeypatch.setattr(predict_module, "optima", none_below)
+    result = predict(fit, 1e21)
+    assert result.N == whole.N
+    assert result.curve == [row for row in whole.curve if row["budget"] > 1e19]
+    missing = next(a for a in result.diagnostics if a["name"] == "curve_without_optimum")
+    assert missing["value"] == len(whole.curve) - len(result.curve) > 0
+    with pytest.raises(Refusal, match="no interior optimum"):
+        predict(fit, 1e18)
 
 
 # --- The next runs ---
@@ -260,16 +293,49 @@ def test_the_recommended_runs_cut_the_variance_by_what_was_promised():
 def test_the_command_prints_a_table_and_json(fit, tmp_path, capsys):
     path = save_fit(fit, tmp_path)
     path = path if path is not None else tmp_path / "fit.json"
-    predict_command(path, 1e21, next_count=2)
+    predict_command(path, [1e21], next_count=2)
     text = capsys.readouterr().out
     for word in ("N*, parameters", "tokens per parameter", "95% from", "variance removed", "extrapolation"):
         assert word in text, word
-    predict_command(path, 1e21, next_count=1, as_json=True, level=0.9)
+    predict_command(path, [1e21], next_count=1, as_json=True, level=0.9)
     record = json.loads(capsys.readouterr().out)
     assert record["budget"] == 1e21
     assert record["N"]["lo"] < record["N"]["value"] < record["N"]["hi"]
     assert len(record["next"]) == 1
     assert len(record["curve"]) == 25
+
+
+def test_several_budgets_are_answered_in_turn(fit, tmp_path, capsys):
+    path = str(save_fit(fit, tmp_path))
+    assert main(["predict", f"--fit={path}", "--budget=1e20,1e21", "--budget=1e22", "--json"]) == 0
+    assert [record["budget"] for record in json.loads(capsys.readouterr().out)] == [1e20, 1e21, 1e22]
+    assert main(["predict", f"--fit={path}", "--budget=1e20,1e21"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("N*, parameters") == 2
+    assert "in the table's unit" in text
+    for budget in ("--budget=1e20,high", "--budget=1e20,", "--budget=nan", "--budget=0"):
+        assert main(["predict", f"--fit={path}", budget]) == 2
+        assert "budget" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("at", "said"),
+    [
+        ("level=.5", "has no input 'level'"),
+        ("budget=5", "has no input 'budget'"),
+        ("N=1e9", "has no input 'N'"),
+        ("U=1e9", "has no input 'U': it takes no input besides the budget"),
+        ("fit=3", "has no input 'fit'"),
+    ],
+)
+def test_an_input_that_the_law_does_not_read_is_refused(fit, tmp_path, capsys, at, said):
+    path = save_fit(fit, tmp_path)
+    assert main(["predict", f"--fit={path}", "--budget=1e20", f"--at={at}"]) == 2
+    assert said in capsys.readouterr().err
+    name, _, value = at.partition("=")
+    if name not in ("level", "budget", "fit"):
+        with pytest.raises(UserError, match="has no input"):
+            predict(fit, 1e20, **{name: float(value)})
 
 
 # --- Coverage ---
