@@ -36,7 +36,7 @@ from jaxlm.preflight.topology import (
     positions,
     versions,
 )
-from jaxlm.sharding import MESH_AXES, Layout, make_layout, use
+from jaxlm.sharding import HOST, MESH_AXES, Layout, make_layout, use
 from jaxlm.train.checks import check_shapes
 from jaxlm.train.programs import programs_on, shape_of
 from jaxlm.train.rundir import write_json
@@ -91,6 +91,7 @@ class Facts:
     topology: str
     mesh: Mapping[str, int]
     state: Mapping[str, int]  # exact bytes on one device: params, gradients, opt_state, batch
+    host: int  # bytes of the state that one device keeps in the host's memory (`mesh.offload`)
     largest_replicated: tuple[str, int]  # leaf of the parameters that every device holds whole, and its bytes
     memory: DeviceMemory | None  # None: it does not fit
     shortage: Shortage | None
@@ -164,6 +165,7 @@ def compile_step(cfg: RunConfig, topology: Topology) -> Facts:
         topology=str(topology),
         mesh=dict(mesh.shape),
         state=_state_bytes(built.target, batch, cfg),
+        host=_local_bytes(built.target, host=True),
         largest_replicated=_largest_replicated(built.target.params),
         memory=memory,
         shortage=shortage,
@@ -186,17 +188,25 @@ def _abstract_batch(cfg: RunConfig, layout: Layout) -> dict[str, jax.ShapeDtypeS
     return {name: one(name, columns) for name, columns in batch_columns(cfg.data).items()}
 
 
-def _local_bytes(tree: Any) -> int:
-    """Bytes of a tree on one device."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree)
-    )
+def _leaves(tree: Any, *, host: bool = False) -> list[Any]:
+    """The leaves that lie in the devices' memory, or those in the host's."""
+    return [x for x in jax.tree.leaves(tree) if (x.sharding.memory_kind == HOST) == host]
+
+
+def _elements(leaf: Any) -> int:
+    """Of a leaf on one device."""
+    return math.prod(leaf.sharding.shard_shape(leaf.shape))
+
+
+def _local_bytes(tree: Any, *, host: bool = False) -> int:
+    """Bytes of a tree in one device's memory, or of its part in the host's."""
+    return sum(_elements(x) * np.dtype(x.dtype).itemsize for x in _leaves(tree, host=host))
 
 
 def _state_bytes(target: Any, batch: Any, cfg: RunConfig) -> dict[str, int]:
     params = _local_bytes(target.params)
-    elements = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(target.params))
-    grads = 4 * elements if cfg.train.microbatches > 1 else params  # several are summed in fp32
+    # Several gradients are summed in fp32.
+    grads = 4 * sum(map(_elements, _leaves(target.params))) if cfg.train.microbatches > 1 else params
     return {
         "params": params,
         "gradients": grads,

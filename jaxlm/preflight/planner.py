@@ -12,10 +12,10 @@ x = tokens of the device x D x bytes of an activation, L layers, n the size of t
     expert    (n - 1) / n of 4 k x for each layer of experts (6 where blocks are rematerialised)
     pipe      2 x
 
-An axis that fills the torus alone sends twice as much for storage: there a TPU gathers and scatters by sums
-of whole arrays (`weights.way`). The time of an axis is its bytes over its links: an axis of n of N chips is
-taken to lie along ceil(dims log n / log N) dimensions of the torus, two links in each. An estimate to choose
-with; the compiler has the last word.
+An axis that alone fills a torus with rings in all dimensions sends twice as much for storage: there a TPU
+gathers and scatters by sums of whole arrays (`weights.way`). The time of an axis is its bytes over its links:
+an axis of n of N chips is taken to lie along ceil(dims log n / log N) dimensions of the torus, two links in
+each. An estimate to choose with; the compiler has the last word.
 """
 
 import dataclasses
@@ -76,7 +76,8 @@ def estimate(cfg: RunConfig, chip: Chip, num_devices: int, slices: int = 1) -> E
     cfg = dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, slices=slices))
     need = plan(cfg, num_devices=num_devices)
     chips = num_devices / slices / chip.devices
-    torus = num_devices // slices if chip.network.dims > 1 else 0
+    closed = chip.network.dims > 1 and chips >= chip.network.wrap**chip.network.dims
+    torus = num_devices // slices if closed else 0
     traffic = axis_traffic(cfg, need.mesh_shape, need.memory.params, torus=torus)
     seconds, between = 0.0, 0.0
     for axis, sent in traffic.items():
@@ -106,7 +107,7 @@ def axis_traffic(cfg: RunConfig, mesh: dict[str, int], params: int, *, torus: in
         cfg: the run.
         mesh: resolved sizes.
         params: bytes of the parameters on one device.
-        torus: devices of a slice that is a torus; 0 = it is none.
+        torus: devices of a slice that is closed to rings in all its dimensions; 0 = it is not.
     """
     model, M = cfg.model, cfg.train.microbatches
     width, summed = np.dtype(model.dtype).itemsize, np.dtype(cfg.mesh.reduce_dtype).itemsize

@@ -118,6 +118,11 @@ def _warnings(
     name, size = facts.largest_replicated
     if size >= LARGE and topology.num_devices > 1:
         yield f"{name} is replicated: {size / GiB:.2f} GiB on every device; give one of its axes a rule"
+    if facts.host:
+        yield (
+            f"{facts.host / GiB:.2f} GiB of a device's state lie in the host's memory and travel to the "
+            "device and back in a step: the roofline does not know that link"
+        )
     if facts.unreadable:
         yield f"the program cannot be read ({facts.unreadable}): collectives are not known"
     if facts.unknown_loops:
@@ -233,6 +238,8 @@ def _memory_table(report: Report) -> Table:
         ]
     for what, size, source in rows:
         table.add_row(what, f"{size / GiB:,.3f}", source)
+    if facts.host:
+        table.add_row("of the state in the host's memory", f"{facts.host / GiB:,.3f}", "shapes")
     table.add_section()
     if memory is not None:
         table.add_row("allocated", f"{memory.allocated / GiB:,.3f}", "compiler")

@@ -156,6 +156,7 @@ def facts(cfg, hardware):
         topology=str(hardware),
         mesh=mesh,
         state=dict(params=1, gradients=1, opt_state=1, batch=1),
+        host=0,
         largest_replicated=("", 0),
         memory=DeviceMemory(1, 1, 1, 2**30, 1, 2**30) if fits else None,
         shortage=None if fits else Shortage(2e11, 1e11, "RESOURCE_EXHAUSTED"),

@@ -103,6 +103,16 @@ def test_facts_of_a_step(fsdp):
     assert all(row.dcn == 0 for row in facts.collectives)
 
 
+def test_state_in_the_hosts_memory_is_told_apart(fsdp, cache):
+    facts, _ = facts_of(run(dict(data=1, fsdp=8, offload="optimizer")), parse_topology("cpu:8"), cache)
+    plain = fsdp[2]
+    assert plain.host == 0
+    assert facts.host + facts.state["opt_state"] == plain.state["opt_state"]
+    assert 0 < facts.state["opt_state"] < 100  # counts of updates stay
+    assert facts.state["params"] == plain.state["params"]
+    assert "lie in the host's memory" in judged(fsdp, [], host=2**30).warnings[0]
+
+
 def test_every_axis_is_named(cache):
     cfg = run(dict(data=2, fsdp=2, tensor=2))
     facts, _ = facts_of(cfg, parse_topology("cpu:8", slices=2), cache)
