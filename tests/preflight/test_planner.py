@@ -41,6 +41,8 @@ def test_traffic_of_storage_is_two_gathers_and_a_scatter(llama):
     made = estimate(on(llama, dict(data=1, fsdp=64)), V5P, 64)
     assert made.traffic["fsdp"] == pytest.approx(2 * whole * (2 + 2 + 4), rel=5e-3)
     assert {axis for axis, sent in made.traffic.items() if sent} == {"fsdp"}
+    few = estimate(on(llama, dict(data=1, fsdp=16)), V5P, 16).traffic  # 16 chips close no torus
+    assert few["fsdp"] == pytest.approx(15 / 16 * parameters * (2 + 2 + 4), rel=5e-3)
     twice = estimate(on(llama, dict(data=1, fsdp=32, tensor=2), microbatches=2), V5P, 64).traffic
     assert twice["fsdp"] == pytest.approx(2 * 31 / 32 * parameters / 2 * 8, rel=5e-3)
 
