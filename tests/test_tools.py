@@ -572,6 +572,35 @@ def test_page_names_every_tool():
             assert f"`{path.name}`" in page or f"tools/{path.name}" in page, path.name
 
 
+@pytest.mark.parametrize(
+    ("tool", "word", "message"),
+    [
+        ("preflight_pods", "--only=llama3-8b", "did you mean 'llama3-8B'?"),
+        ("preflight_validate", "--only=dense;densest", "--only='densest' is not one of"),
+        ("weak_scaling", "--chips=16,100", "--chips='100' is not one of '16', '64'"),
+    ],
+)
+def test_rows_that_a_preflight_tool_does_not_have_are_refused(tool, word, message, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(TOOLS)
+    with pytest.raises(SystemExit) as left:
+        load(tool).main([word])
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("memory", "message"), [(None, "| 16 | does not fit |"), (1, "| 16 | the program cannot be read: RET |")]
+)
+def test_weak_scaling_says_what_it_cannot_count(memory, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(TOOLS)
+    weak = load("weak_scaling")
+    facts = types.SimpleNamespace(memory=memory, collectives=None, unreadable="RET")
+    monkeypatch.setattr(weak, "facts_of", lambda cfg, hardware, cache: (facts, True))
+    assert weak.main(["--chips=16", f"--plot={tmp_path}/none.png"]) == 1
+    assert message in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
 def test_no_room_is_ignored_by_git():
     """A pattern `data/` without its leading slash would leave jaxlm/data out of every commit."""
     folders = [

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by tools/test and tools/quickstart: finds a Python, makes the environment, installs the pinned packages once.
 
 show() { # show COMMAND...: prints the command as one would type it

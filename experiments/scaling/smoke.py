@@ -4,15 +4,19 @@ Claim: fifteen byte-level transformers at 1e11, 3e11 and 1e12 training FLOPs giv
 minima, and a surface that predicts the loss at 4e12 FLOPs within its interval.
 Command:
     python tools/corpus.py --source=library --out=data/library
+    lr=--config.run.optim.lr=8e-3
     jaxlm plan --config=experiments/scaling/smoke.py:tune --workdir=runs/smoke --name=tune
-    jaxlm plan --config=experiments/scaling/smoke.py --workdir=runs/smoke
+    jaxlm sweep --workdir=runs/smoke --vectorize=8
+    jaxlm plan --config=experiments/scaling/smoke.py --workdir=runs/smoke $lr
     jaxlm sweep --workdir=runs/smoke
     jaxlm collect --workdir=runs/smoke
-    jaxlm fit --table=runs/smoke/table.csv --out=runs/smoke/fits/surface
-    jaxlm plan --config=experiments/scaling/smoke.py:holdout --workdir=runs/smoke --name=holdout
-    jaxlm sweep --workdir=runs/smoke
+    jaxlm fit --table=runs/smoke/table.csv --tie=alpha=beta --out=runs/smoke/fits/surface
+    jaxlm plan --config=experiments/scaling/smoke.py:holdout --workdir=runs/smoke --name=holdout $lr
+    jaxlm sweep --workdir=runs/smoke && jaxlm collect --workdir=runs/smoke
+    jaxlm predict --fit=runs/smoke/fits/surface/fit.json --budget=4e12
 Hardware: two CPU cores, 4 GB.
-Expected: N* = 0.17 C^0.5; at 4e12 FLOPs 1.478 nats per byte (95% 1.406 to 1.565) predicted, 1.459 measured.
+Expected: `tune` is best at 8e-3; N* = 0.070 C^0.5; at 4e12 FLOPs 1.478 nats per byte (95% 1.406 to 1.565)
+    predicted, 1.459 measured.
 Report: experiments/scaling/results/smoke/report.md
 Last run: 2026-11-22, commit b727a91 and the changes of 2694fe7.
 

@@ -132,7 +132,8 @@ def _warnings(
     rows = facts.collectives or ()
     yield from _reshards(rows)
     if topology.platform != "cpu":  # XLA:CPU has no reduce-scatter of a product
-        yield from _whole_gradients(rows, facts.state["params"], need, stored)
+        torus = topology.platform == "tpu"
+        yield from _whole_gradients(rows, facts.state["params"], need, stored, torus)
     if time is not None:
         yield from _slow_axes(topology, rows, time, need)
 
@@ -149,16 +150,21 @@ def _reshards(rows: Sequence[Row]) -> Iterator[str]:
             )
 
 
-def _whole_gradients(rows: Sequence[Row], params: int, need: Any, stored: Sequence[str]) -> Iterator[str]:
+def _whole_gradients(
+    rows: Sequence[Row], params: int, need: Any, stored: Sequence[str], torus: bool
+) -> Iterator[str]:
     """All-reduces along the axes that split parameters, of about the size of all that a device gathers."""
     shards = math.prod(need.mesh_shape[m] for m in stored)
     found = [row for row in rows if row.kind == "all-reduce" and set(stored) & set(row.axes.split())]
     total = sum(row.nbytes * row.count for row in found)
     if shards > 1 and total > params * shards / 2:
+        remedy = (
+            ". A TPU does that over a group that fills its torus: store weights over two axes, say mesh.data "
+            "and mesh.fsdp with mesh.rules=(('embed', 'data fsdp'),)"
+        )
         yield (
             f"whole all-reduces along {' and '.join(stored)} ({total / 1e9:,.1f} GB a step): gathers and "
-            f"reduce-scatters would send half. A TPU does that over a group that fills its torus: store "
-            f"weights over two axes, say mesh.data and mesh.fsdp with mesh.rules=(('embed', 'data fsdp'),)"
+            f"reduce-scatters would send half{remedy if torus else ''}"
         )
 
 

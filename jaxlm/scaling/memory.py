@@ -6,7 +6,7 @@ What a step holds beside its state and the activations that it keeps is `jaxlm.s
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -99,8 +99,8 @@ def memory(
         input_len: S, inputs of a row, of a model with an encoder; 0 = as many as tokens.
     """
     params = _abstract_params(dataclasses.replace(cfg, remat="none"))
-    split = _sizes(params, None if layout is None else tree_shardings(layout, params, AXES))
-    state = state_bytes(params, AXES, layout=layout, opt_state=opt_state, microbatches=microbatches)
+    split = leaf_sizes(params, AXES, layout)
+    state = state_bytes(split, opt_state=opt_state, microbatches=microbatches)
     shards = {axis: 1 if layout is None else layout.shards(axis) for axis in RULES}
     rows = math.ceil(batch_size / (microbatches * shards["batch"]))
     tokens = rows * math.ceil(seq_len / shards["length"])
@@ -147,17 +147,24 @@ def _abstract_params(cfg: TransformerConfig) -> Any:
     return abstract_params(cfg)
 
 
-def state_bytes(
-    params: Any, axes: Axes, *, layout: Layout | None, opt_state: Any, microbatches: int
-) -> dict[str, int]:
-    """The fields of `Memory` that follow from the leaves alone: params, grads, opt_state and update.
+def leaf_sizes(params: Any, axes: Axes, layout: Layout | None) -> list[tuple[int, int]]:
+    """(elements on one device, bytes of one) of every leaf of abstract parameters.
 
     Args:
         params: abstract parameters.
         axes: their table of logical axes.
-        layout, opt_state, microbatches: as for `memory`.
+        layout: as for `memory`.
     """
-    split = _sizes(params, None if layout is None else tree_shardings(layout, params, axes))
+    return _sizes(params, None if layout is None else tree_shardings(layout, params, axes))
+
+
+def state_bytes(split: Sequence[tuple[int, int]], *, opt_state: Any, microbatches: int) -> dict[str, int]:
+    """The fields of `Memory` that follow from the leaves alone: params, grads, opt_state and update.
+
+    Args:
+        split: of the parameters, as `leaf_sizes` gives it.
+        opt_state, microbatches: as for `memory`.
+    """
     elements, held = sum(n for n, _ in split), sum(n * itemsize for n, itemsize in split)
     optimizer = 8 * elements
     if opt_state is not None:

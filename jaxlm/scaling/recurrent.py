@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxlm.model import lstm
 from jaxlm.model.recurrence import LSTMConfig
-from jaxlm.scaling.memory import Memory, state_bytes
+from jaxlm.scaling.memory import Memory, leaf_sizes, state_bytes
 from jaxlm.sharding import Layout
 from jaxlm.tree import nbytes
 
@@ -32,7 +32,8 @@ def memory(
     encoder's layer count as one.
     """
     params = lstm.abstract_params(dataclasses.replace(cfg, remat="none"))
-    state = state_bytes(params, lstm.AXES, layout=layout, opt_state=opt_state, microbatches=microbatches)
+    split = leaf_sizes(params, lstm.AXES, layout)
+    state = state_bytes(split, opt_state=opt_state, microbatches=microbatches)
     elements = state["update"] // 4
     ways = 1 if layout is None else layout.shards("batch")
     rows, own_rows = math.ceil(batch_size / (microbatches * ways)), math.ceil(batch_size / ways)

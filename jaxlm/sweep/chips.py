@@ -92,7 +92,7 @@ def calibrate(
     """Time the smallest, the middle and the largest shape of a plan that this machine can be asked to time.
 
     Args:
-        configs: of the plan.
+        configs: of the plan, their meshes chosen.
         path: file that keeps measurements, by machine and shape; None = measure and keep nothing.
         seconds: of timed steps for each shape.
 

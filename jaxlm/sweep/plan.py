@@ -23,7 +23,7 @@ from jaxlm.data.tokenizer import check_vocabulary, load_tokenizer
 from jaxlm.errors import UserError, check
 from jaxlm.model.models import check_transformer
 from jaxlm.optim import make_schedule
-from jaxlm.preflight.planner import choose_mesh, describe_mesh, estimate, resolve_here, resolve_mesh
+from jaxlm.preflight.planner import HEADROOM, choose_mesh, describe_mesh, estimate, resolve_here, resolve_mesh
 from jaxlm.scaling import record
 from jaxlm.scaling.counting import count
 from jaxlm.sweep import chips
@@ -141,7 +141,7 @@ def make_plan(
     with _datasets(drafts, store.folder, dry_run) as datasets:
         epochs, unique, held_out = zip(*[_epochs(d.config, datasets) for d in drafts], strict=True)
         _check_epochs(drafts, epochs, unique, grid.allow_epochs)
-        seconds = _clock(drafts, hardware, store.folder, dry_run)
+        seconds = _clock(list(probes.values()), hardware, store.folder, dry_run)
     sending = {key: _sending(probe, hardware) for key, probe in probes.items()}
     cells = []
     for i, draft in enumerate(drafts):
@@ -283,8 +283,15 @@ def _check_epochs(
 # ----------------------------------------------------------------------------------------------- its price
 
 
-def _clock(drafts: Sequence[Draft], hardware: Hardware, workdir: Path, dry_run: bool) -> Callable[..., float]:
-    """(need, own FLOPs, own steps, eval tokens, seconds of a step's sending) -> seconds, 0 = not known."""
+def _clock(
+    probes: Sequence[RunConfig], hardware: Hardware, workdir: Path, dry_run: bool
+) -> Callable[..., float]:
+    """(need, own FLOPs, own steps, eval tokens, seconds of a step's sending) -> seconds, 0 = not known.
+
+    Args:
+        probes: a run of every shape, its mesh chosen.
+        hardware, workdir, dry_run: as for `make_plan`.
+    """
     if hardware.gflops:
         return lambda need, flops, steps, held_out, sending: flops / (hardware.gflops * 1e9)
     if (chip := hardware.chip) is not None:
@@ -294,7 +301,7 @@ def _clock(drafts: Sequence[Draft], hardware: Hardware, workdir: Path, dry_run: 
     timings: list[chips.Timing] = []
     if hardware.measure:
         path = None if dry_run else workdir / "calibration.json"
-        timings = chips.calibrate([draft.config for draft in drafts], path)
+        timings = chips.calibrate(probes, path)
 
     def measured(need: Need, flops: float, steps: int, held_out: int, sending: float) -> float:
         sizes = dict(flops_per_token=need.counts.flops_train, flops=flops, eval_tokens=held_out)
@@ -330,10 +337,12 @@ def _warnings(cell: Cell, probe: RunConfig, need: Need, hardware: Hardware) -> I
     if cell.epochs > 1:
         yield f"{cell.epochs:.2f} epochs: no point of a single-epoch law"
     if (chip := hardware.chip) is not None:
-        needed = need.memory.total
-        if needed > chip.limit:
-            shortage = f"needs {needed / 1e9:.1f} GB a device, which has {chip.limit / 1e9:.0f} GB"
-            yield f"{shortage}: {_remedy(probe, hardware)}"
+        needed, has = need.memory.total, f"{chip.limit / 1e9:.0f} GB"
+        if needed > HEADROOM * chip.limit:
+            short = f"which has {has}"
+            if needed <= chip.limit:  # the compiler may still find room
+                short = f"more than {HEADROOM:.0%} of its {has}, so that it may not fit"
+            yield f"needs {needed / 1e9:.1f} GB a device, {short}: {_remedy(probe, hardware)}"
         if _devices(need) < hardware.count * chip.devices:
             yield f"the mesh takes {_devices(need)} of {hardware.count * chip.devices} devices: the rest idle"
 

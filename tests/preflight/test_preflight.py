@@ -259,6 +259,9 @@ def test_warnings(fsdp):
     assert "a reshard that the compiler inserted: all-to-all" in warned([row("all-to-all", where="a/gather")])
     assert "reshard" not in warned([row("all-to-all", where="moe/all_to_all")])
     assert "whole all-reduces along fsdp" in warned([row("all-reduce")])
+    assert "fills its torus" in warned([row("all-reduce")])
+    assert "would send half" in warned([row("all-reduce")], text="h100:8")
+    assert "torus" not in warned([row("all-reduce")], text="h100:8")
     assert "whole all-reduces" not in warned([row("reduce-scatter")])
     assert "between slices takes" in warned([row(dcn=1e9)])
 

@@ -7,6 +7,7 @@ import math
 import re
 from pathlib import Path
 
+import jax
 import pytest
 
 from jaxlm.chips import CHIPS, find_chip, peak_flops
@@ -14,6 +15,7 @@ from jaxlm.config import build, config_hash, default_config, load_experiment
 from jaxlm.errors import UserError
 from jaxlm.scaling import record
 from jaxlm.scaling.counting import count
+from jaxlm.sharding import make_layout
 from jaxlm.sweep import chips, plan
 from jaxlm.sweep.collect import collect
 from jaxlm.sweep.plan import Hardware, SweepConfig, all_cells, load_plans, make_plan, run_dir, save_plan
@@ -195,6 +197,20 @@ def test_this_machine_is_timed_once(text, tmp_path, monkeypatch):
     assert "too large to be timed here" in plan_totals(none, Hardware())[-1]
 
 
+def test_a_mesh_that_is_left_to_us_is_chosen_before_it_is_timed(text, tmp_path, monkeypatch):
+    timed = []
+
+    def fake(cfg, seconds):
+        timed.append(make_layout(cfg.mesh).mesh.size)
+        return chips.Timing(count(cfg.model, 32).flops_train, 1e9, 2.0)
+
+    monkeypatch.setattr(chips, "_time", fake)
+    fields = dict(run__mesh__data=-1, run__mesh__auto=True, run__data__batch_size=8, grid__tolerance=0.5)
+    found = made(text, tmp_path, hardware=Hardware(), **fields)
+    assert set(timed) == {jax.device_count()}
+    assert all(cell.config.mesh.auto and cell.seconds > 0 for cell in found.cells)
+
+
 @pytest.mark.slow
 def test_a_measurement_is_near_the_truth_within_an_order_of_magnitude(text):
     cfg = build(sweep_config(text), SweepConfig).run
@@ -205,6 +221,17 @@ def test_a_measurement_is_near_the_truth_within_an_order_of_magnitude(text):
 
 
 # -------------------------------------------------------------------------------------- warnings and notes
+
+
+@pytest.mark.parametrize(
+    ("share", "words"),
+    [(0.5, None), (0.8, r"more than 60% of its .* so that it may not fit"), (1.5, "a device, which has")],
+)
+def test_what_the_planner_would_refuse_is_warned_of(text, tmp_path, plain, share, words):
+    most = max(cell.memory_bytes for cell in plain.cells)
+    chip = dataclasses.replace(CHIPS["v5p"], memory=most / share, usable=0)
+    warned = " ".join(w for c in made(text, tmp_path, hardware=Hardware(chip)).cells for w in c.warnings)
+    assert re.search(words, warned) if words else "GB a device" not in warned
 
 
 @pytest.mark.parametrize(
