@@ -75,6 +75,7 @@ LLAMA3_ROPE = dict(
 DEEPSEEK_ROPE = dict(
     rope_type="yarn", factor=40.0, original_max_position_embeddings=4096, beta_fast=32.0, beta_slow=1.0
 )
+GPT3 = "Brown et al. 2020, arXiv:2005.14165, tables 2.1 and D.1"
 OSS_ROPE = {**DEEPSEEK_ROPE, "factor": 32.0, "truncate": False}
 
 
@@ -95,10 +96,40 @@ def palm(layers: int, dim: int, heads: int) -> dict[str, Any]:
     }
 
 
+def gpt3(layers: int, dim: int, heads: int) -> dict[str, Any]:
+    """GPT-3: GPT-2 on 2,048 tokens, every second layer of which sees a band of the nearest ones.
+
+    How wide the band is was not published; 256 is what GPT-Neo has, which was made after it.
+    """
+    return {
+        "vocab_size": 50257,
+        "num_layers": layers,
+        "model_dim": dim,
+        "mlp_dim": 4 * dim,
+        "activation": "gelu_tanh",
+        "mlp_bias": True,
+        "norm": "layernorm",
+        "norm_eps": 1e-5,
+        "tie_embeddings": True,
+        "attention.num_heads": heads,
+        "attention.num_kv_heads": heads,
+        "attention.head_dim": dim // heads,
+        "attention.qkv_bias": True,
+        "attention.out_bias": True,
+        "attention.pattern": ("global", "local"),
+        "attention.window": 256,
+        "position.kind": "learned",
+        "position.max_length": 2048,
+    }
+
+
 SHAPES: dict[str, Shape] = {
     "gpt1": Shape(gpt("openai-gpt", 12, 768, 12, 40478), 116_534_784, 512, "Hugging Face openai-gpt"),
     "gpt2": Shape(gpt("gpt2", 12, 768, 12, 50257), 124_439_808, 1024, "Hugging Face gpt2"),
     "gpt2_xl": Shape(gpt("gpt2", 48, 1600, 25, 50257), 1_557_611_200, 1024, "Hugging Face gpt2-xl"),
+    "gpt3_125m": Shape(gpt3(12, 768, 12), 125_000_000, 2048, GPT3, 4e-3),
+    "gpt3_6_7b": Shape(gpt3(32, 4096, 32), 6_660_000_000, 2048, GPT3, 8e-4),
+    "gpt3_175b": Shape(gpt3(96, 12288, 96), 174_600_000_000, 2048, GPT3, 3e-4),
     "gpt_neo_1b": Shape(
         dict(
             model_type="gpt_neo",

@@ -11,8 +11,10 @@ Last run: none.
 
 `NAME` is a published shape and `NAME:smoke` the same variations at toy size on Python's own source code, byte
 tokens. Shapes are written as the checkpoints' own config.json, which `jaxlm.hf` reads. Those with a head for
-next sentences are trained as BERT was (tokens masked the same way in ten copies, and pairs of sentences), the
-others as RoBERTa was (masked anew in each epoch).
+pairs of sentences are trained as BERT and ALBERT were (tokens masked the same way in ten copies, and whether
+the second sentence is the next one, or in which order they come), the others as RoBERTa was (masked anew in
+each epoch). ELECTRA and DeBERTa-v3, which were trained to tell replaced tokens, are these shapes under a head
+for masked tokens: replacing needs a second model, which is not here.
 """
 
 import dataclasses
@@ -56,6 +58,14 @@ def encoder(
 
 
 ROBERTA = dict(max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5, pad_token_id=1)
+DEBERTA_V3 = dict(
+    relative_attention=True,
+    position_buckets=256,
+    norm_rel_ebd="layer_norm",
+    share_att_key=True,
+    pos_att_type="p2c|c2p",
+    position_biased_input=False,
+)
 SHAPES: dict[str, Shape] = {
     "bert_base": Shape(
         encoder("bert", 12, 768, 12, 30522, "BertForPreTraining"),
@@ -104,6 +114,37 @@ SHAPES: dict[str, Shape] = {
         66_985_530,
         "Hugging Face distilbert-base-uncased",
     ),
+    "albert_base_v2": Shape(
+        encoder("albert", 12, 768, 12, 30000, "AlbertForPreTraining", embedding_size=128),
+        11_813_810,
+        "Hugging Face albert-base-v2",
+        steps=125_000,
+        rows=4096,
+        lr=1.76e-3,
+    ),
+    "electra_small": Shape(
+        encoder("electra", 12, 256, 4, 30522, "ElectraForMaskedLM", embedding_size=128),
+        13_546_682,
+        "Hugging Face google/electra-small-discriminator, whose trunk has 13,483,008, and a head",
+        rows=128,
+        lr=5e-4,
+        seq_len=128,
+    ),
+    "electra_base": Shape(
+        encoder("electra", 12, 768, 12, 30522, "ElectraForMaskedLM", embedding_size=768),
+        109_514_298,
+        "Hugging Face google/electra-base-discriminator, whose trunk has 108,891,648, and a head",
+        steps=766_000,
+        lr=2e-4,
+    ),
+    "deberta_v3_base": Shape(
+        encoder("deberta-v2", 12, 768, 12, 128100, "DebertaV2ForMaskedLM", **DEBERTA_V3),
+        184_551_780,
+        "Hugging Face microsoft/deberta-v3-base, whose trunk has 183,831,552, and a head",
+        steps=500_000,
+        rows=8192,
+        lr=6e-4,
+    ),
 }
 
 
@@ -111,8 +152,12 @@ def smoke(cfg: TransformerConfig) -> TransformerConfig:
     """The same variations at toy size: two layers, bytes."""
     attention = dataclasses.replace(cfg.attention, num_heads=4, num_kv_heads=4, head_dim=16)
     position = dataclasses.replace(cfg.position, max_length=min(cfg.position.max_length, 64))
+    near = dataclasses.replace(
+        cfg.disentangled, span=min(cfg.disentangled.span, 32), buckets=min(cfg.disentangled.buckets, 8)
+    )
     sizes = dict(vocab_size=260, num_layers=2, model_dim=64, mlp_dim=128)
-    return dataclasses.replace(cfg, **sizes, attention=attention, position=position)
+    sizes |= dict(embed_dim=min(cfg.embed_dim, 32), shared_layers=min(cfg.shared_layers, 2))
+    return dataclasses.replace(cfg, **sizes, attention=attention, position=position, disentangled=near)
 
 
 def get_config(arg: str = "bert_base") -> ConfigDict:
@@ -127,8 +172,8 @@ def get_config(arg: str = "bert_base") -> ConfigDict:
     data.train, data.eval = "data/web/shards", "data/web/eval/*.parquet"
     data.seq_len, data.batch_size = shape.seq_len, shape.rows
     data.format = "mlm"
-    if model.readout.classes:  # next sentences
-        data.format, data.packing = "nsp", "pad"
+    if model.readout.classes:  # pairs of sentences
+        data.format, data.packing = "sop" if shape.fields["model_type"] == "albert" else "nsp", "pad"
         data.noise.variants, data.noise.max_predictions = 10, 77
     config.optim.lr, config.optim.schedule, config.optim.final = shape.lr, "linear", 0.0
     config.optim.warmup, config.optim.b2, config.optim.weight_decay = 0.02, 0.98, 0.01
