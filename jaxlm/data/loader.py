@@ -73,6 +73,10 @@ class Dataset:
             for s in self.sources
         ]
 
+    def cut(self) -> dict[str, dict[str, int]]:
+        """By glob: `pairs`, and how many of them are `cut` to the beginning that a row holds, if any is."""
+        return {s.glob: {"cut": s.cut, "pairs": s.plan.num_rows} for s in self.sources if s.cut}
+
     def batch(self, rows: Sequence[Row]) -> Batch:
         """The batch of these rows; source -1 is a row of padding."""
         if self.format is not None:

@@ -87,6 +87,7 @@ class Result:
     compilation: Mapping[str, Any]  # programs, seconds, hits of the persistent cache
     peak_rss_bytes: int  # of this process
     branch: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # see `Branch.account`; {} = none
+    cut: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of both sets, see `Dataset.cut`
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; `eval/nll` and the other metrics stand at the top level."""
@@ -200,6 +201,7 @@ def train(
             held_out = None
             if cfg.data.eval:
                 held_out = chief_first(lambda: eval_batches(cfg.data, tokenizer, rows=rows, **cached))
+        cut = dataset.cut() | (held_out.dataset.cut() if held_out else {})
         loader = Loader(dataset, cfg.data, rows=rows)
 
         # --------------------------------------------------------------------------------------------- state
@@ -255,6 +257,8 @@ def train(
             f"{tokens_per_step:,} tokens a step, {layout.mesh.size} x {jax.devices()[0].device_kind}"
             + (f"; going on at step {start} of {cfg.train.num_steps}" if start else "")
         )
+        for glob, n in cut.items():
+            console.log(f"{glob}: {n['cut']:,} of {n['pairs']:,} rows hold only the beginning of their text")
 
         # ------------------------------------------------------------------------------------- periodic work
         scored, scored_at = {}, -1  # by the newest evaluation, and after which step that was
@@ -329,6 +333,7 @@ def train(
                 compilation=compiled.to_dict(),
                 peak_rss_bytes=_peak_rss(),
                 branch=branch.account(steps, tokens_per_step, counts.flops_train) if branch else {},
+                cut=cut,
             )
 
         try:
