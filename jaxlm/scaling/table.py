@@ -1,21 +1,26 @@
 """Tables of runs: reading, columns by role, filters, and a named rule for every row left out of a fit."""
 
-import ast
 import csv
 import dataclasses
 import hashlib
-import operator
-from collections.abc import Callable, Mapping, Sequence
+import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float64, Int64
 
 from jaxlm.errors import UserError, check, nearest
+from jaxlm.scaling.where import where_mask
 
 # What our own collected table calls the roles; used where --columns does not say otherwise.
 DEFAULTS = {"N": "n_total", "D": "tokens", "C": "flops_exact", "loss": "loss"}
 EXTRAS = {"U": "unique_tokens", "epochs": "epochs", "budget": "budget", "seed": "seed", "lr": "lr"}
+OURS = "config_hash"  # a column of our own tables: EXTRAS, `exclude` and `status` mean nothing in others
+MISSING = frozenset(
+    ("", "na", "n/a", "#n/a", "-", "--", "null", "none", "missing")
+)  # beside what float reads
+DELIMITERS = ",;\t|"
 FLOPS = 6.0  # per parameter and token, of the identity C = 6 N D
 # What a plain table is likely to call them: named in the message when a role is missing.
 HINTS = {"N": ("params", "n"), "D": ("tokens", "d"), "C": ("flops", "train_flop"), "loss": ("loss", "nll")}
@@ -68,16 +73,36 @@ class Table:
     path: str
     sha256: str  # of the file
     rows: np.ndarray  # row numbers in the file, from 0 at the first below the header
+    lines: np.ndarray | None = None  # line of the file that each row ends on, from 1; None of Parquet
+    twice: tuple[str, ...] = ()  # columns that the file has twice: none of them can be told from the other
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def place(self, position: int) -> str:
+        """Where in the file a reader finds the row at this position."""
+        return f"row {self.rows[position] + 1}" if self.lines is None else f"line {self.lines[position]}"
+
+    def require(self, column: str, asked: str) -> None:
+        """`UserError` unless the table has this column, once."""
+        check(column not in self.twice, f"{asked}: table {self.path!r} has the column {column!r} twice")
+        if column not in self.columns:
+            close = nearest(column, self.columns)
+            raise UserError(
+                f"{asked}: table {self.path!r} has no column {column!r}{close}"
+                + ("" if close else f"; it has {', '.join(self.columns)}")
+            )
 
 
 def read_table(path: str | Path) -> Table:
     """Reads a .csv, .tsv or .parquet file.
 
+    Text is separated by tabs in .tsv, else by commas, or by what else its first line holds of `; tab |` if it
+    holds no comma. Cells that say in a usual way that there is no number (MISSING) are NaN in a column of
+    numbers. Columns without a name are not read.
+
     Raises:
-      UserError: it cannot be read, or is no table: no header, a name twice, a row of another length.
+      UserError: it cannot be read, or is no table: no header, no rows, a row of another length.
     """
     path = Path(path)
     check(path.is_file(), f"table {str(path)!r} is not a file")
@@ -87,30 +112,28 @@ def read_table(path: str | Path) -> Table:
         raise UserError(f"table {str(path)!r} cannot be read: {error.strerror}") from None
     digest = hashlib.sha256(content).hexdigest()
     if path.suffix == ".parquet" or content[:4] == b"PAR1":
-        columns = _read_parquet(path)
+        columns, lines, twice = _read_parquet(path), None, ()
+        count = len(next(iter(columns.values())))
     else:
-        columns = _read_csv(path, content)
-    count = len(next(iter(columns.values())))
+        columns, lines, twice = _read_csv(path, content)
+        count = len(lines)
     check(count > 0, f"table {str(path)!r} has a header and no rows")
-    return Table(columns, str(path), digest, np.arange(count))
+    return Table(columns, str(path), digest, np.arange(count), lines, twice)
 
 
-def _read_csv(path: Path, content: bytes) -> dict[str, np.ndarray]:
+def _read_csv(path: Path, content: bytes) -> tuple[dict[str, np.ndarray], np.ndarray, tuple[str, ...]]:
+    """Columns, the line of each row, and the names that stand there twice."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"table {str(path)!r} is not text in UTF-8 (byte {error.start})") from None
     check("\0" not in text, f"table {str(path)!r} is not a CSV file: it holds zero bytes")
-    delimiter = "\t" if path.suffix == ".tsv" else ","
-    reader = csv.reader(text.splitlines(keepends=True), delimiter=delimiter, strict=True)
-    try:
-        lines = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
-    except csv.Error as error:
-        raise UserError(f"table {str(path)!r} is not a CSV file: line {reader.line_num}: {error}") from None
+    lines = _split(path, text, "\t" if path.suffix == ".tsv" else ",")
     check(bool(lines), f"table {str(path)!r} is empty")
+    if len(lines[0][1]) == 1:
+        other = max(DELIMITERS, key=lines[0][1][0].count)
+        lines = _split(path, text, other) if other in lines[0][1][0] else lines
     names = [name.strip() for name in lines[0][1]]
-    for i, name in enumerate(names):
-        check(name not in names[:i], f"table {str(path)!r} has the column {name!r} twice")
     check(
         not all(_number(name) is not None for name in names),
         f"table {str(path)!r} has no header: its first line is {','.join(names)[:80]!r}",
@@ -121,7 +144,20 @@ def _read_csv(path: Path, content: bytes) -> dict[str, np.ndarray]:
             f"table {str(path)!r}, line {number}: {len(row)} cells under {len(names)} column names",
         )
     cells = [row for _, row in lines[1:]]
-    return {name: _column([row[i] for row in cells]) for i, name in enumerate(names) if name}
+    twice = tuple(dict.fromkeys(name for name in names if name and names.count(name) > 1))
+    columns = {
+        name: _column([row[i] for row in cells]) for i, name in enumerate(names) if name and name not in twice
+    }
+    return columns, np.array([number for number, _ in lines[1:]], int), twice
+
+
+def _split(path: Path, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
+    """(line number, cells) of every line that holds something; only line feeds and returns end a line."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        return [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
+    except csv.Error as error:
+        raise UserError(f"table {str(path)!r} is not a CSV file: line {reader.line_num}: {error}") from None
 
 
 def _read_parquet(path: Path) -> dict[str, np.ndarray]:
@@ -142,32 +178,41 @@ def _read_parquet(path: Path) -> dict[str, np.ndarray]:
 
 
 def _number(cell: str) -> float | None:
-    """The number in a cell, NaN if it is empty, None if it holds something else."""
-    if not cell.strip():
-        return np.nan
+    """The number in a cell, NaN if it says that there is none, None if it holds something else.
+
+    >>> _number("1e3"), _number(" N/A "), _number("diverged")
+    (1000.0, nan, None)
+    """
     try:
         return float(cell)
     except ValueError:
-        return None
+        return np.nan if cell.strip().lower() in MISSING else None
 
 
 def _column(cells: Sequence[str]) -> np.ndarray:
-    numbers = [_number(cell) for cell in cells]
-    if any(number is None for number in numbers):
-        return np.array([cell.strip() for cell in cells])
+    """Numbers; text if a cell holds something else, or if words such as `none` are all that it holds."""
+    stripped = [cell.strip() for cell in cells]
+    numbers = [_number(cell) for cell in stripped]
+    words = any(stripped) and all(cell.lower() in MISSING for cell in stripped)
+    if words or any(number is None for number in numbers):
+        return np.array(stripped)
     return np.array(numbers, float)
 
 
 def parse_columns(text: str) -> dict[str, str]:
-    """Role -> column, from `N=params,C=train_flop,loss=loss_nats`.
+    """Role -> column, from `N=params,C=train_flop,loss=loss_nats`; a name with a comma goes in quotes.
 
-    >>> parse_columns("N=params, loss=loss_nats")
-    {'N': 'params', 'loss': 'loss_nats'}
+    >>> parse_columns('loss=loss_nats, "N=params, total"')
+    {'loss': 'loss_nats', 'N': 'params, total'}
     """
     out: dict[str, str] = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
+    for part in filter(None, (part.strip() for part in next(csv.reader([text], skipinitialspace=True), []))):
         role, equals, column = (piece.strip() for piece in part.partition("="))
-        check(bool(role and equals and column), f"--columns: {part!r} is not ROLE=COLUMN, such as N=params")
+        check(
+            bool(role and equals and column),
+            f"--columns: {part!r} is not ROLE=COLUMN, such as N=params; one whose name holds a comma goes in "
+            'quotes, "N=params, total"',
+        )
         role = "loss" if role == "L" else role
         check(role not in out, f"--columns: role {role!r} is given twice")
         out[role] = column
@@ -178,146 +223,53 @@ def resolve(table: Table, columns: Mapping[str, str]) -> dict[str, str]:
     """Role -> column of the table: what is asked for, and what our own tables call the rest.
 
     A role of N, D, C that is not asked for is looked up only where none of the three is: a foreign table
-    whose tokens column happens to be called as ours must not change what `N=..,C=..` means.
+    whose tokens column happens to be called as ours must not change what `N=..,C=..` means. EXTRAS are looked
+    up in our own tables alone: a foreign `budget` may be in dollars, and an `lr` say `auto`.
     """
     out = dict(columns)
     for role, column in columns.items():
-        if column not in table.columns:
-            close = nearest(column, table.columns)
-            raise UserError(
-                f"--columns={role}={column}: table {table.path!r} has no column {column!r}{close}"
-                + ("" if close else f"; it has {', '.join(table.columns)}")
-            )
-    ours = "config_hash" in table.columns or not {"N", "D", "C"} & set(columns)
-    for role, column in (DEFAULTS | EXTRAS).items():
-        if role not in out and column in table.columns and (ours or role in ("loss", *EXTRAS)):
+        table.require(column, f"--columns={role}={column}")
+    ours = OURS in table.columns
+    known = ours or not {"N", "D", "C"} & set(columns)
+    for role, column in (DEFAULTS | (EXTRAS if ours else {})).items():
+        if role not in out and column in table.columns and (known or role == "loss"):
             out[role] = column
     return out
 
 
-def numeric(table: Table, column: str) -> Float64[np.ndarray, "R"]:
-    """A column as numbers (empty cells are NaN); `UserError` names the first cell that is none."""
+def _numeric(table: Table, column: str) -> tuple[Float64[np.ndarray, "R"], np.ndarray]:
+    """A column as numbers, and the positions of cells that are none and do not say so; both are NaN."""
     values = table.columns[column]
     if values.dtype.kind == "f":
-        return values
-    for row, cell in zip(table.rows, values, strict=True):
-        if _number(cell) is None:
-            raise UserError(
-                f"table {table.path!r}, column {column!r}, row {row}: {str(cell)!r} is not a number"
-            )
-    return np.array([_number(cell) for cell in values], float)
+        return values, np.zeros(0, int)
+    numbers = [_number(cell) for cell in values]
+    odd = np.flatnonzero([number is None for number in numbers])
+    return np.array([np.nan if number is None else number for number in numbers], float), odd
+
+
+def _no_number(table: Table, role: str, column: str, position: int) -> UserError:
+    """Names a cell that is no number, and what to do about it."""
+    cell = str(table.columns[column][position])
+    hint = f"leave such rows out with --where='{role} >= 0', or empty the cell"
+    if "," in cell and _number(cell.replace(",", "")) is not None:
+        hint = "numbers are written without commas, as 1234.5"
+    return UserError(
+        f"table {table.path!r}, {table.place(position)}, column {column!r}: {cell!r} is not a number; {hint}"
+    )
 
 
 def groups(table: Table, column: str) -> dict[str, Table]:
     """The table of each value of a column, in the order of first appearance."""
-    check(
-        column in table.columns,
-        f"--group={column}: table {table.path!r} has no column {column!r}{nearest(column, table.columns)}",
-    )
+    table.require(column, f"--group={column}")
     labels = table.columns[column]
     names = [f"{label:.12g}" if labels.dtype.kind == "f" else str(label) for label in labels]
     out = {}
     for name in dict.fromkeys(names):
         index = np.flatnonzero(np.array(names) == name)
         part = {key: values[index] for key, values in table.columns.items()}
-        out[name or "empty"] = dataclasses.replace(table, columns=part, rows=table.rows[index])
+        lines = None if table.lines is None else table.lines[index]
+        out[name or "empty"] = dataclasses.replace(table, columns=part, rows=table.rows[index], lines=lines)
     return out
-
-
-_BINARY: dict[type, Callable] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.Pow: operator.pow,
-    ast.Mod: operator.mod,
-}
-_COMPARE: dict[type, Callable] = {
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
-}
-
-
-def where_mask(text: str, columns: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Rows for which an expression over columns holds: comparisons, and/or/not, arithmetic, `in`; no calls.
-
-    >>> where_mask("C < 1e21 and k in ('a', 'b')", {"C": np.array([1.0, 1e22]), "k": np.array(["a"] * 2)})
-    array([ True, False])
-    """
-    try:
-        tree = ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise UserError(f"--where={text!r} is not an expression such as 'C < 1e21 and N > 1e7'") from None
-    count = len(next(iter(columns.values())))
-
-    def truth(node: ast.expr) -> np.ndarray:
-        value = np.asarray(visit(node))
-        check(
-            value.dtype == bool,
-            f"--where={text!r}: {ast.unparse(node)!r} is not a condition",
-        )
-        return value
-
-    def visit(node: ast.expr) -> np.ndarray | float | str | bool:
-        match node:
-            case ast.BoolOp(op=op, values=values):
-                parts = [np.broadcast_to(truth(value), (count,)) for value in values]
-                return np.all(parts, 0) if isinstance(op, ast.And) else np.any(parts, 0)
-            case ast.UnaryOp(op=ast.Not(), operand=operand):
-                return ~truth(operand)
-            case ast.UnaryOp(op=ast.USub(), operand=operand):
-                return -number(operand)
-            case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
-                return _BINARY[type(op)](number(left), number(right))
-            case ast.Compare(left=left, ops=ops, comparators=others):
-                out = np.ones(count, bool)
-                for op, right in zip(ops, others, strict=True):
-                    out &= compare(op, left, right)
-                    left = right
-                return out
-            case ast.Name(id=name):
-                if name not in columns:
-                    raise UserError(f"--where={text!r}: no column {name!r}{nearest(name, columns)}")
-                return columns[name]
-            case ast.Constant(value=str(value)):
-                return value
-            case ast.Constant(value=float(value) | int(value)):
-                return float(value)  # a power of integers could take for ever
-        raise UserError(f"--where={text!r}: {ast.unparse(node)!r} is not allowed here")
-
-    def number(node: ast.expr) -> np.ndarray:
-        value = np.asarray(visit(node))
-        check(value.dtype.kind == "f", f"--where={text!r}: {ast.unparse(node)!r} is not a number")
-        return value
-
-    def compare(op: ast.cmpop, left: ast.expr, right: ast.expr) -> np.ndarray:
-        if isinstance(op, (ast.In, ast.NotIn)):
-            check(
-                isinstance(right, (ast.Tuple, ast.List, ast.Set)),
-                f"--where={text!r}: `in` needs a list, such as seed in (0, 1)",
-            )
-            found = np.any([np.asarray(visit(left) == visit(item)) for item in right.elts], 0)
-            return np.broadcast_to(found if isinstance(op, ast.In) else ~found, (count,))
-        check(type(op) in _COMPARE, f"--where={text!r}: {ast.unparse(ast.Compare(left, [op], [right]))!r}")
-        a, b = np.asarray(visit(left)), np.asarray(visit(right))
-        check(
-            (a.dtype.kind == "U") == (b.dtype.kind == "U"),
-            f"--where={text!r}: {ast.unparse(left)!r} and {ast.unparse(right)!r} are not both numbers or "
-            "strings",
-        )
-        return _COMPARE[type(op)](a, b)
-
-    try:
-        with np.errstate(all="ignore"):
-            return np.broadcast_to(truth(tree), (count,)).copy()
-    except (TypeError, ValueError, OverflowError, ZeroDivisionError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"--where={text!r}: {error}") from None
 
 
 def select(
@@ -336,16 +288,21 @@ def select(
       columns: role -> column; roles are N, D, C, loss, sigma, block and any extra (U, lr, batch, E, ...).
       where: an expression over columns and roles; rows for which it is false are left out.
       drop_highest: leaves out that many rows of highest loss, after every other rule.
-      drop_status: leaves out rows that our own tables mark by `exclude` or `status`.
+      drop_status: leaves out rows that our own tables mark by `exclude` or `status`; in other tables the
+        two are columns as any.
       needs: the roles that the law reads or fits; a row needs finite positive values of all of them.
 
     Raises:
-      UserError: a column is missing or not numeric, a role is missing, nothing is left.
+      UserError: a column or a role is missing, a cell is no number in a row that neither `where` nor a mark
+        leaves out, nothing is left.
     """
     names = resolve(table, columns)
     notes: list[str] = []
     count = len(table)
-    values = {role: numeric(table, column) for role, column in names.items() if role != "block"}
+    values, odd = {}, {}
+    for role, column in names.items():
+        if role != "block":
+            values[role], odd[role] = _numeric(table, column)
     if "loss" in values:
         values["L"] = values.pop("loss")
     _derive(values, needs, notes)
@@ -366,16 +323,34 @@ def select(
         if position not in gone:
             gone[position] = Exclusion(int(table.rows[position]), rule, detail)
 
-    if drop_status and "exclude" in table.columns:
+    marked = drop_status and OURS in table.columns
+    if drop_status and not marked and "exclude" in table.columns:
+        notes.append(
+            "the column exclude means nothing in a table that `jaxlm collect` did not write: use --where"
+        )
+    if marked and "exclude" in table.columns:
         marks = table.columns["exclude"]
         for i in np.flatnonzero(marks != "") if marks.dtype.kind == "U" else ():
             detail = table.columns.get("detail")
             leave_out(
                 i, str(marks[i]), str(detail[i]) if detail is not None and detail.dtype.kind == "U" else ""
             )
-    if drop_status and "finished" in (statuses := table.columns.get("status", np.array([""]))):
+    if marked and "finished" in (statuses := table.columns.get("status", np.array([""]))):
         for i in np.flatnonzero(statuses != "finished"):
             leave_out(i, "status", str(statuses[i]))
+    mask = np.ones(count, bool)
+    if where:
+        # What --columns names comes first: `C<1e21` means the role even if another column is called C.
+        derived = values | ({"loss": values["L"]} if "L" in values else {})
+        own = [role for role, column in names.items() if role in columns or role == column]
+        asked = {role: derived[role] for role in own if role != "block"}
+        mask = where_mask(where, derived | table.columns | asked)
+    for role, positions in odd.items():
+        for i in positions:
+            if mask[i] and i not in gone:
+                raise _no_number(table, role, names[role], i)
+            if not mask[i]:
+                leave_out(i, "where", where)
     for role in dict.fromkeys(
         [*needs, *(r for r in ("N", "D", "C", "L", "sigma") if r in names or r in values)]
     ):
@@ -383,13 +358,8 @@ def select(
         good = np.isfinite(v) & ((v > 0) if role != "sparsity" else (v >= 0) & (v < 1))
         for i in np.flatnonzero(~good):
             leave_out(i, "value", f"{role}={v[i]:g}")
-    if where:
-        # What --columns names comes first: `C<1e21` means the role even if another column is called C.
-        asked = {role: values["L" if role == "loss" else role] for role in columns if role != "block"}
-        derived = values | ({"loss": values["L"]} if "L" in values else {})
-        mask = where_mask(where, derived | table.columns | asked)
-        for i in np.flatnonzero(~mask):
-            leave_out(i, "where", where)
+    for i in np.flatnonzero(~mask):
+        leave_out(i, "where", where)
     keep = np.array([i for i in range(count) if i not in gone], int)
     check(drop_highest >= 0, f"--drop_highest={drop_highest} must not be negative")
     if drop_highest:

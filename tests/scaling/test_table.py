@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from jaxlm.errors import UserError
-from jaxlm.scaling.table import groups, parse_columns, read_table, select, where_mask
+from jaxlm.scaling.table import groups, parse_columns, read_table, select
+from jaxlm.scaling.where import where_mask
 
 PLAIN = "params,train_flop,loss_nats,kind\n1e6,1e15,4.0,a\n2e6,2e15,3.5,a\n4e6,4e15,3.2,b\n8e6,9e15,9.0,b\n"
 ROLES = {"N": "params", "C": "train_flop", "loss": "loss_nats"}
@@ -89,6 +90,80 @@ def test_a_foreign_tokens_column_is_not_taken_unasked(table):
     assert select(t, {"N": "params", "C": "flop"})[0].D.tolist() == [1e8, 5e7]
 
 
+FOREIGN = "params,flop,loss,budget,lr,seed,exclude,status\n"
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_names_of_our_own_tables_mean_nothing_in_others(table, own):
+    """A text `lr` or `seed` refuses no fit, a `budget` in dollars groups no runs, `exclude` drops no row."""
+    head, cell = (FOREIGN.replace("\n", ",config_hash\n"), ",x") if own else (FOREIGN, "")
+    lines = [f"{i}e6,6e14,{4 - i / 2},{100 * i},auto,a,FALSE,done{cell}" for i in (1, 2)]
+    t = table(head + "\n".join(lines) + "\n")
+    roles = {"N": "params", "C": "flop"}
+    if own:  # the same columns, in a table that says whose it is
+        with pytest.raises(UserError, match="none of 2 rows is left: 2 by the rule 'FALSE'"):
+            select(t, roles)
+        return
+    points, excluded, notes = select(t, roles)
+    assert (len(points), excluded) == (2, [])
+    assert dict(points.extra) == {}
+    assert any("exclude means nothing" in note for note in notes)
+    assert select(t, roles | {"budget": "budget"})[0].extra["budget"].tolist() == [100, 200]
+
+
+@pytest.mark.parametrize("mark", ["NA", "N/A", "-", "null", "None", "NaN", ""])
+def test_cells_that_say_there_is_no_number(table, mark):
+    points, excluded, _ = select(table(PLAIN + f"1e6,1e15,{mark},a\n"), ROLES)
+    assert (len(points), [(e.row, e.rule, e.detail) for e in excluded]) == (4, [(4, "value", "L=nan")])
+    words = table(f"{PLAIN.splitlines()[0]},norm\n1e6,1e15,3,a,none\n1e6,1e15,3,a,none\n")
+    assert where_mask("norm == 'none'", words.columns).all()
+
+
+def test_a_cell_that_is_no_number_may_be_left_out(table):
+    """Its line is that of the file, blank lines and all; the message says how to go on without it."""
+    t = table(PLAIN.replace("2e6", "\n2e6") + "1e6,1e15,diverged,a\n", "bad.csv")
+    said = r"bad.csv', line 7, column 'loss_nats': 'diverged' is not a number.*--where='loss >= 0'"
+    with pytest.raises(UserError, match=said):
+        select(t, ROLES)
+    for where in ("loss >= 0", "loss_nats != 'diverged'"):
+        points, excluded, _ = select(t, ROLES, where=where)
+        assert (len(points), [(e.row, e.rule) for e in excluded]) == (4, [(4, "where")])
+    same = table("params,flop,loss\n1e6,6e14,4\n2e6,6e14,bad\n")  # the column is called as the role
+    assert len(select(same, {"N": "params", "C": "flop"}, where="loss >= 0")[0]) == 1
+    with pytest.raises(UserError, match="without commas, as 1234"):
+        select(table(PLAIN + '"1,234,567",1e15,3,a\n'), ROLES)
+    with pytest.raises(UserError, match="line 4, column 'kind': 'b' is not"):
+        select(groups(table(PLAIN), "kind")["b"], {**ROLES, "sigma": "kind"})
+
+
+@pytest.mark.parametrize(("name", "mark"), [("a.csv", ";"), ("a.csv", "\t"), ("a.csv", "|"), ("a.tsv", ",")])
+def test_the_delimiter_is_what_the_header_holds(table, name, mark):
+    t = table(PLAIN.replace(",", mark), name)
+    assert list(t.columns) == ["params", "train_flop", "loss_nats", "kind"]
+    assert select(t, ROLES)[0].L.tolist() == [4.0, 3.5, 3.2, 9.0]
+
+
+def test_columns_that_nobody_asks_for_do_no_harm(table):
+    """Two without a name, two of one name; a line ends at a line feed alone, not at a form feed in a cell."""
+    t = table("params,flop,loss,note,note,,\n1e6,6e14,4,a,b,,\n2e6,6e14,3,a\fc,\u2028,,\n")
+    assert list(t.columns) == ["params", "flop", "loss"]
+    assert len(select(t, {"N": "params", "C": "flop"})[0]) == 2
+    with pytest.raises(UserError, match=r"--columns=x=note: table .* has the column 'note' twice"):
+        select(t, {"N": "params", "C": "flop", "x": "note"})
+    with pytest.raises(UserError, match=r"--group=note: .* twice"):
+        groups(t, "note")
+
+
+def test_column_names_of_any_kind(table):
+    t = table('"params, total",FLOPs (1e18),loss,MFU %\n1e6,6e14,4,30\n2e6,6e14,3,40\n')
+    roles = parse_columns('"N=params, total",C=FLOPs (1e18),mfu=MFU %')
+    assert select(t, roles, where="mfu > 35")[0].N.tolist() == [2e6]
+    with pytest.raises(UserError, match="in quotes"):
+        parse_columns("N=params, total")
+    with pytest.raises(UserError, match="needs a role"):
+        select(t, roles, where="MFU % > 35")
+
+
 def test_blocks_may_be_strings_and_sigma_is_checked(table):
     t = table("n,d,l,trunk,s\n1,1,3,x,.1\n2,1,3,y,.1\n3,1,3,x,0\n")
     points, excluded, _ = select(t, {"N": "n", "D": "d", "loss": "l", "block": "trunk", "sigma": "s"})
@@ -139,7 +214,6 @@ def test_the_hash_is_of_the_file(tmp_path):
     [
         ("", "empty"),
         ("a,b\n", "no rows"),
-        ("a,a\n1,2\n", "'a' twice"),
         ("a,b\n1,2,3\n", "line 2: 3 cells under 2"),
         ("1,2\n3,4\n", "no header"),
         ('a,b\n"1,2\n', "not a CSV"),
@@ -173,7 +247,7 @@ def test_other_files_are_refused(tmp_path):
         (
             {"N": "kind", "C": "train_flop", "loss": "loss_nats"},
             {},
-            "column 'kind', row 0: 'a' is not a number",
+            "line 2, column 'kind': 'a' is not a number; leave such rows out with --where='N >= 0'",
         ),
         ({"N": "params", "loss": "loss_nats"}, {}, "needs D"),
         ({"C": "train_flop", "loss": "loss_nats"}, {}, "needs N .*--columns=N=params"),
@@ -237,4 +311,10 @@ def test_where_is_arithmetic_over_columns(text, want):
 )
 def test_where_refuses_everything_else(text):
     with pytest.raises(UserError, match="--where"):
+        where_mask(text, COLUMNS)
+
+
+@pytest.mark.parametrize("text", ["C < 2 & N > 1", "C < 2 | N > 1", "(C < 2) & (N > 1)", "~(C < 2)"])
+def test_where_says_how_and_is_written(text):
+    with pytest.raises(UserError, match="write `and`, `or` and `not`"):
         where_mask(text, COLUMNS)
