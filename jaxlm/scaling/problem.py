@@ -174,6 +174,12 @@ def make_problem(
                 a, b = np.log(max(a, TINY)), np.log(b)
             low[i] = loose[0][i] = max(a, low[i]) if name in form.limits else a
             high[i] = loose[1][i] = min(b, high[i]) if name in form.limits else b
+            low_high = ":".join(f"{v:g}" for v in (np.exp(limit) if name in form.logs else limit))
+            given_range = ":".join(f"{v:g}" for v in bounds[name])
+            check(
+                low[i] < high[i],
+                f"--bound={name}={given_range} is outside of what law {law!r} takes, {low_high}",
+            )
 
     offset = np.zeros(len(names))
     columns = list(range(len(names)))
@@ -204,6 +210,7 @@ def make_problem(
         impose(basis[i] - basis[j], offset[j] - offset[i], j, f"tie {tie!r}")
         for array, pick in ((low, max), (high, min), (loose[0], max), (loose[1], min)):
             array[i] = pick(array[i], array[j])
+        check(low[i] < high[i], f"tie {tie!r}: the bounds of the two leave nothing between them")
     check(bool(columns), "every parameter is fixed: there is nothing to fit")
     distinct = len(np.unique(np.stack([given[role] for role in form.inputs]), axis=1).T)
     check(

@@ -405,6 +405,12 @@ def test_every_method_on_one_table(tmp_path, capsys):
         (dict(fix=["E=1,A=1,B=1,alpha=.3,beta=.3"]), "nothing to fit"),
         (dict(bound=["alpha=1"]), "LOW:HIGH"),
         (dict(bound=["alpha=1:0"]), "not below"),
+        (
+            dict(bound=["alpha=20:30"]),
+            "--bound=alpha=20:30 is outside of what law 'chinchilla' takes, 0.0001:10",
+        ),
+        (dict(bound=["E=-2:-1"]), "takes, 0:inf"),
+        (dict(bound=["alpha=.1:.2", "beta=.3:.4"], tie=["alpha=beta"]), "leave nothing between"),
         (dict(where="C < 1e10"), "none of 245 rows"),
         (dict(drop_highest=240), "it needs 6 at least"),
         (dict(law="data_constrained"), "needs U"),
