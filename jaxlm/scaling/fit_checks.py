@@ -95,10 +95,20 @@ def residuals(fit: Fit, points: Points) -> Found:
     return out
 
 
-def _interval(fit: Fit, name: str, *kinds: str) -> list | None:
-    """The first of these kinds of interval that the fit has for a parameter."""
+def _widest(fit: Fit, name: str) -> list | None:
+    """The range that profile and bootstrap cover together, else that of the covariance; None without any.
+
+    A parameter is as loose as the widest of its intervals says: reports print the bootstrap, and a profile is
+    narrower where a few runs decide.
+    """
     kept = fit.intervals.get(name, {})
-    return next((kept[kind] for kind in kinds if kept.get(kind)), None)
+    found = [kept[kind] for kind in ("profile", "bootstrap") if kept.get(kind)]
+    if not found and kept.get("gauss_newton"):
+        found = [kept["gauss_newton"]]
+    if not found:
+        return None
+    lows, highs = zip(*found, strict=True)
+    return [None if None in lows else min(lows), None if None in highs else max(highs)]
 
 
 def _open(fit: Fit, name: str) -> bool:
@@ -118,7 +128,7 @@ def identification(fit: Fit, points: Points) -> Found:
     floor = "E" if "E" in fit.names else "E_L" if "E_L" in fit.names else ""
     lowest = float(points.L.min())
     if floor:
-        value, ends = fit.parameters[floor], _interval(fit, floor, "profile", "bootstrap", "gauss_newton")
+        value, ends = fit.parameters[floor], _widest(fit, floor)
         bare = value < 1e-3 * lowest
         loose = ends is not None and (
             None in ends or ends[0] < 0.02 * lowest or ends[1] - ends[0] > 0.5 * value
@@ -135,7 +145,7 @@ def identification(fit: Fit, points: Points) -> Found:
     for name in fit.names:
         if law is None or name == floor or name in law.logs:
             continue
-        ends = _interval(fit, name, "profile", "bootstrap")
+        ends = _widest(fit, name)
         wide = ends is not None and None not in ends and ends[1] - ends[0] > abs(fit.parameters[name])
         if wide or _open(fit, name):
             text = (

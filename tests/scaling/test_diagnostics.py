@@ -13,7 +13,7 @@ from jaxlm.scaling import design_checks, diagnostics, fit_checks, line_checks, o
 from jaxlm.scaling.diagnostics import Refusal, compare, examine, require, two_step
 from jaxlm.scaling.fit import run_fit
 from jaxlm.scaling.optima import fit_envelope, fit_isoflop
-from jaxlm.scaling.table import Points
+from jaxlm.scaling.table import Points, read_table, select
 
 P = dict(E=1.8172, A=482.0, B=2085.0, alpha=0.35, beta=0.35)
 BUDGETS = np.geomspace(1e18, 1e21, 5)
@@ -330,6 +330,27 @@ def test_a_floor_that_is_not_identified(surface):
     assert "E_not_identified" in names(examine(zero, points), "warning")
     fixed = changed(wide, names=tuple(n for n in fit.names if n != "E"), draws=[])
     assert "E_not_identified" not in names(examine(fixed, points))
+
+
+def test_the_widest_interval_decides(surface):
+    """Reports print the bootstrap: a narrow profile beside it makes neither E nor an exponent identified."""
+    fit, points = surface
+    for name, wide, alarm in (("E", [0.0, 2.0], "E_not_identified"), ("alpha", [0.1, 0.7], "flat_ridge")):
+        narrow = {"profile": [v * fit.parameters[name] for v in (0.99, 1.01)]}
+        quiet = changed(fit, intervals=fit.intervals | {name: narrow})
+        assert alarm not in names(examine(quiet, points))
+        loud = changed(fit, intervals=fit.intervals | {name: narrow | {"bootstrap": wide}})
+        told = next(a for a in examine(loud, points) if a["name"] == alarm)
+        assert f"{wide[1]:.4g}" in told["text"]
+
+
+def test_the_small_sweep_of_the_quickstart_has_no_floor():
+    """Its E is 1.13, to a quarter by the profile; the bootstrap, which its report prints, says to a half."""
+    table = read_table(Path(__file__).parents[2] / "experiments/scaling/results/smoke/table.csv")
+    fit = run_fit(select(table, {})[0], ties=("alpha=beta",), starts=4, draws=200)
+    widths = {kind: ends[1] - ends[0] for kind, ends in fit.intervals["E"].items()}
+    assert widths["profile"] < 0.4 * fit.parameters["E"] < 0.5 * fit.parameters["E"] < widths["bootstrap"]
+    assert "E_not_identified" in names(fit.diagnostics, "warning")
 
 
 def test_a_flat_ridge(surface):
