@@ -127,14 +127,18 @@ def test_steps_through_the_caches_are_the_forward_pass(params):
     np.testing.assert_allclose(np.concatenate(parts, axis=1), want, atol=2e-5)
 
 
-def test_scan_loop_and_remat_are_the_same_training_step(params):
+def test_scan_loop_and_remat_are_the_same_training_step():
     batch, key = packed(), jax.random.key(3)
-    cfg = dataclasses.replace(CFG, dropout=0.2)
-    found = []
+    attention = dataclasses.replace(CFG.attention, pattern=("local",))
+    cfg = dataclasses.replace(CFG, dropout=0.2, num_layers=2, attention=attention)
+    params, found = params_of(cfg), []
     for changes in ({}, {"scan": False}, {"remat": "full"}):
         objective = make_lm_objective(Model(dataclasses.replace(cfg, **changes)), LossConfig(chunk=3))
-        step = jax.jit(jax.value_and_grad(lambda p, f=objective: f(p, batch, key)[0]))
-        found.append(step(params))
+        step = jax.jit(jax.value_and_grad(lambda p, f=objective: f(p, batch, key)[0])).trace(params)
+        # Both stacks have two layers; the loss takes three chunks, and tells its parts apart by no remat.
+        assert ("length=2" in str(step.jaxpr)) == ("scan" not in changes)
+        assert ("remat" in str(step.jaxpr)) == ("remat" in changes)
+        found.append(step.lower().compile()(params))
     for loss, grads in found[1:]:
         np.testing.assert_allclose(loss, found[0][0], rtol=1e-6)
         for (name, a), (_, b) in zip(named_leaves(grads), named_leaves(found[0][1]), strict=True):

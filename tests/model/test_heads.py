@@ -76,9 +76,15 @@ def test_shared_layers_are_copies_whose_gradients_add_up():
     def loss(cfg, params):
         return jnp.sum(jnp.sin(transformer.unembed(cfg, params, hidden(cfg, params))))
 
-    one, grads = loss(cfg, params)
-    two, apart_grads = loss(apart, copies)
-    loop, _ = loss(dataclasses.replace(cfg, scan=False, remat="none"), params)
+    def run(cfg, params, *, scanned):
+        fn = loss.trace(cfg, params)
+        assert ("length=2" in str(fn.jaxpr)) == scanned
+        assert ("remat" in str(fn.jaxpr)) == (cfg.remat != "none")
+        return fn.lower().compile()(params)
+
+    one, grads = run(cfg, params, scanned=True)
+    two, apart_grads = run(apart, copies, scanned=False)
+    loop, _ = run(dataclasses.replace(cfg, scan=False, remat="none"), params, scanned=False)
     np.testing.assert_allclose([one, loop], [two, two], rtol=1e-5)
     summed = lambda a: a.reshape(2, 2, *a.shape[1:]).sum(1)  # noqa: E731
     want = {**apart_grads, "blocks": jax.tree.map(summed, apart_grads["blocks"])}

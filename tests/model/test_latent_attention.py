@@ -97,8 +97,12 @@ def test_is_the_papers_equations(q_rank):
 def test_a_backend_of_one_width_gets_values_padded(backend):
     x_BTD, ctx = inputs()
     params = params_of(layer(), x_BTD, ctx)
-    want, _ = layer().apply(params, x_BTD, ctx)
-    got, _ = layer(backend=backend).apply(params, x_BTD, ctx)
+    apply = lambda module: lambda params: module.apply(params, x_BTD, ctx)[0]  # noqa: E731
+    plain, other = (str(jax.make_jaxpr(apply(m))(params)) for m in (layer(), layer(backend=backend)))
+    assert "pad[" in other
+    assert "pad[" not in plain
+    assert ("pallas_call" in other) == backend.startswith("splash")
+    want, got = apply(layer())(params), apply(layer(backend=backend))(params)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
