@@ -168,6 +168,38 @@ def token_counts(points: Points, law: str) -> Found:
     return found("flops_by_6nd", "note", text, 6.0)
 
 
+def odd_units(points: Points, law: str) -> Found:
+    """Counts in another unit than runs, parameters, tokens and FLOPs (pitfall 15): a law fits those too."""
+    ratio = float(np.median(points.C / (6.0 * points.N * points.D)))
+    n, d = float(np.median(points.N)), float(np.median(points.D))
+    what = [f"C is {ratio:.3g} times 6 N D"] if not 0.3 <= ratio <= 10 else []
+    what += [f"{name} is {v:.3g}" for name, v in (("N", n), ("D", d)) if v < 1e3]
+    if not what:
+        return []
+    text = (
+        f"at the median run {' and '.join(what)}: is C in FLOPs, N in parameters, D in tokens? Budgets, "
+        "tokens per parameter and the D = C/(6N) of a table without tokens are in those units"
+    )
+    return found("odd_units", "warning", text, [ratio, n, d])
+
+
+def duplicate_rows(points: Points, law: str) -> Found:
+    """The same run twice, which a bootstrap takes for two (pitfall 3)."""
+    runs = np.stack([points.N, points.D, points.C, points.L], -1)
+    _, first, counts = np.unique(runs, axis=0, return_index=True, return_counts=True)
+    copies = len(runs) - len(counts)
+    if not copies or not np.isfinite(points.L).all():
+        return []
+    rows = np.arange(len(runs)) if points.rows is None else points.rows
+    again = np.setdiff1d(np.arange(len(runs)), first)
+    text = (
+        f"{copies} of {len(runs)} runs repeat another's N, D, C and loss to the last digit (rows "
+        f"{', '.join(map(str, rows[again][:8]))}): copies say nothing new and make every interval too "
+        "narrow. Keep one of each"
+    )
+    return found("duplicate_rows", "warning", text, copies)
+
+
 def large_scatter(points: Points, law: str) -> Found:
     """Repeated runs against the sigma column."""
     if points.sigma is None:
@@ -192,4 +224,6 @@ CHECKS = (
     seed_noise,
     token_counts,
     large_scatter,
+    odd_units,
+    duplicate_rows,
 )

@@ -10,7 +10,8 @@ The pitfalls of the literature, and what stands against each:
    1  objective below the optimiser's tolerance   impossible: solvers see it divided by delta, with analytic
                                                   gradients, to 1e-12 (`solve`); not_converged, start_scatter
    2  rounded parameters                          rounding; fit.json holds 17 digits
-   3  intervals too narrow                        intervals_disagree, failed_draws, scattered_vertices
+   3  intervals too narrow                        intervals_disagree, failed_draws, scattered_vertices,
+                                                  duplicate_rows
    4  a few outliers                              influential_points; exclusions only by named rule
    5  the loss function is a choice               heavy_tails, objective_matters
    6  flat ridges, local optima                   flat_ridge, E_not_identified, start_scatter
@@ -26,7 +27,7 @@ The pitfalls of the literature, and what stands against each:
   13  downstream errors that cancel               cancelling_errors (`two_step` reports both steps)
   14  small samples look precise                  too_few_points (refusal), few_points, few_optima
   15  units, shared evaluation noise              different_tables, different_columns, no_seed_noise,
-                                                  sigma_too_small
+                                                  sigma_too_small, odd_units
   16  repeated tokens in a single-epoch law       multi_epoch
   17  reporting                                   impossible to leave out: `Fit` has a field for each item
                                                   of the (Mis)Fitting checklist, and the report prints them

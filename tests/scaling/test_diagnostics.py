@@ -106,6 +106,35 @@ def test_multi_epoch_points_in_a_single_epoch_law():
     assert "multi_epoch" in names(design(with_(HEALTHY, extra={"epochs": HEALTHY.D / unique})))
 
 
+@pytest.mark.parametrize(
+    ("factors", "said"),
+    [
+        (dict(C=1e-18), "C is 1e-18 times"),
+        (dict(N=1e-6), "C is 1e+06 times"),
+        (dict(D=1e-9), "C is 1e+09 times"),
+        (dict(C=1e-18, D=1e-18), "D is"),  # exaFLOP in a table without tokens: D = C/(6N)
+        (dict(N=1e-8, D=1e8), "N is"),
+        (dict(N=1, D=1, C=0.5), ""),
+        (dict(N=1, D=1, C=4), ""),
+    ],
+)
+def test_counts_in_another_unit(factors, said):
+    points = with_(HEALTHY, **{name: getattr(HEALTHY, name) * factor for name, factor in factors.items()})
+    alarms = [alarm for alarm in design(points) if alarm["name"] == "odd_units"]
+    assert [said in alarm["text"] for alarm in alarms] == [True] * bool(said)
+
+
+def test_copies_of_runs():
+    """Another seed is no copy."""
+    index = [*range(len(HEALTHY)), 3, 5]
+    (alarm,) = (a for a in design(HEALTHY.take(np.array(index))) if a["name"] == "duplicate_rows")
+    assert (alarm["value"], alarm["level"]) == (2, "warning")
+    assert "rows 3, 5" in alarm["text"]
+    again = HEALTHY.take(np.array(index))
+    again = with_(again, L=again.L * (1 + 1e-6 * np.arange(len(again))))
+    assert "duplicate_rows" not in names(design(again))
+
+
 def lr_grid(rates, optimum, noise=0.0):
     """Every size of the sweep at every rate, with a quadratic cost in log lr around `optimum`."""
     many = HEALTHY.take(np.repeat(np.arange(len(HEALTHY)), len(rates)))
