@@ -52,7 +52,7 @@ def run_fit(
       method: one of METHODS.
       objective: huber | lad | mse | log_mse, of surface and varpro.
       delta: of huber, in log loss.
-      starts: a random subset of this size of the law's grid of starts; the whole grid if that is smaller.
+      starts: a random subset of this size of the law's grid of starts; 0, or more than it has: all of it.
       draws: bootstrap draws; 0: no bootstrap.
       seed: of the starts and the draws.
       level: of all intervals.
@@ -67,7 +67,7 @@ def run_fit(
     """
     check_choice(method, METHODS, "method")
     check(0 < level < 1, f"level={level} must be between 0 and 1")
-    check(starts >= 1, f"starts={starts} must be at least 1")
+    check(starts >= 0, f"starts={starts} must not be negative")
     check(draws >= 0 and draws != 1, f"draws={draws} must be 0 or at least 2")
     check(seed >= 0, f"seed={seed} must not be negative")
     check_choice(objective, OBJECTIVES, "objective")
@@ -121,7 +121,7 @@ def _fit_surface(
         found = solve_varpro(problem, law)
     else:
         chosen = np.arange(len(grid))
-        if starts < len(grid):
+        if 0 < starts < len(grid):
             chosen = np.sort(np.random.default_rng(seed).choice(len(grid), starts, replace=False))
         found = solve.solve(problem, grid[chosen])
     found = dataclasses.replace(found, phi=_on_bounds(problem, found.phi))

@@ -112,6 +112,10 @@ def fit_command(
     form = get_law(law)
     check_choice(method, ("all", *METHODS), "method")
     check(bool(out), "the fit needs --out, a folder to write to")
+    if method not in ("all", *SURFACES):
+        given = dict(law=law, objective=objective, delta=delta, starts=starts)
+        unused = [f"--{k}={v}" for k, v in given.items() if v != fit_command.__kwdefaults__[k]]
+        check(not unused, f"method={method!r} fits lines to optima and takes no {', '.join(unused)}")
     fixed, bounds = parse_pairs(fix, "--fix"), parse_bounds(bound)
     ties = [part.strip() for text in tie for part in text.split(",") if part.strip()]
     roles = table.parse_columns(columns)
@@ -166,7 +170,10 @@ def fit_command(
         done: list[Fit] = []
         for name in methods:
             lines = name not in SURFACES
-            given = settings | (dict(fixed={}, ties=(), bounds={}) if lines and method == "all" else {})
+            given, aside = settings, []
+            if lines and method == "all" and (fixed or ties or bounds):
+                given = settings | dict(fixed={}, ties=(), bounds={})
+                aside = ["--fix, --tie and --bound are of the law's parameters: these lines are free of them"]
             try:
                 fit = run_fit(points, law, name, **given)
             except UserError as error:
@@ -177,7 +184,7 @@ def fit_command(
                 continue
             gone = [dataclasses.asdict(e) for e in excluded]
             fit = dataclasses.replace(
-                fit, data=data, excluded=[*gone, *fit.excluded], notes=[*notes, *fit.notes]
+                fit, data=data, excluded=[*gone, *fit.excluded], notes=[*notes, *aside, *fit.notes]
             )
             done.append(fit)
             where_to = folder / name if len(methods) > 1 else folder

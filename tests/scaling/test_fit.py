@@ -382,6 +382,11 @@ def test_every_method_on_one_table(tmp_path, capsys):
         assert load_fit(tmp_path / "all" / method).method == method
     assert load_fit(tmp_path / "all").method == "surface"
     assert "refused" in capsys.readouterr().out or "envelope" in found
+    assert not any("free of them" in note for fit in fits for note in fit.notes)
+    options |= dict(draws=0, tie=["alpha=beta"])
+    tied = fit_command(str(path), "N=n,C=c,loss=l", out=str(tmp_path / "tie"), **options)
+    for fit in tied:
+        assert any("free of them" in note for note in fit.notes) == (fit.method not in ("surface", "varpro"))
 
 
 @pytest.mark.parametrize(
@@ -393,7 +398,7 @@ def test_every_method_on_one_table(tmp_path, capsys):
         (dict(delta=0.0), "delta=0.0"),
         (dict(level=1.0), "level"),
         (dict(draws=-1), "draws"),
-        (dict(starts=0), "starts"),
+        (dict(starts=-1), "starts"),
         (dict(fix=["E"]), "--fix=E: not NAME=NUMBER"),
         (dict(fix=["e=1"]), "no parameter 'e'"),
         (dict(fix=["A=-1"]), "positive"),
@@ -416,6 +421,8 @@ def test_every_method_on_one_table(tmp_path, capsys):
         (dict(law="data_constrained"), "needs U"),
         (dict(method="varpro", law="kaplan"), "needs a sum of powers|is none"),
         (dict(method="parabola", tie=["alpha=beta"]), "takes no ties"),
+        (dict(method="parabola", law="kaplan", objective="lad"), "takes no --law=kaplan, --objective=lad"),
+        (dict(method="envelope", delta=0.1, starts=2), "takes no --delta=0.1, --starts=2"),
         (dict(group="corpse"), "no column 'corpse'"),
         (dict(block="corpse"), "no column 'corpse'"),
     ],

@@ -80,6 +80,14 @@ def test_the_two_surface_methods_and_the_profile_agree():
         assert max(widths) < 2.5 * min(widths), (name, widths)
 
 
+def test_no_number_of_starts_is_all_of_them():
+    fit = run_fit(sweep(0.002), "kaplan", starts=0, draws=0, profile=False)
+    assert len(fit.starts) == fit.settings["start_grid"] > 16
+    few = run_fit(sweep(0.002), "kaplan", **LIGHT)
+    assert len(few.starts) == 4
+    assert fit.value == pytest.approx(few.value, rel=1e-8)
+
+
 def test_constraints():
     points = sweep(0.002)
     tied = run_fit(points, ties=("alpha=beta",), **LIGHT)
