@@ -36,6 +36,7 @@ def table_rows(holdout_error: float = 0.0) -> list[dict]:
         rows.append(
             dict(
                 id=f"{len(rows):012x}",
+                config_hash=f"{len(rows):064x}",
                 plan="holdout" if role == "holdout" else "grid",
                 role=role,
                 status="finished",
