@@ -9,9 +9,12 @@ Command:
     jaxlm train --config=experiments/objectives/masked.py:classify --workdir=runs/spam
     jaxlm train --config=experiments/objectives/masked.py:scratch --workdir=runs/spam_scratch
     python tools/compare_unigram.py --workdir=runs/masked
-Hardware: two CPU cores.
-Expected: not run yet.
-Last run: none.
+    python tools/confusion.py --workdir=runs/spam
+Hardware: two CPU cores. On a busy machine 25 minutes for the masked tokens and seven for each classifier.
+Expected: 4.408 nats per hidden token, where the frequencies of single tokens give 6.401; 96.8% of 1,177
+held-out mails classified rightly (F1 of spam 0.948), 96.4% from scratch, 69.1% are of the larger class, and
+naive Bayes on the same tokens gets 95.1%. What hiding tokens adds is within the error of 0.5%.
+Last run: 2026-11-22, commit 8b0df5d with the sizes below.
 
 `:pretrain` (default) hides tokens, `:classify` starts from its weights, `:scratch` is the same without them,
 `:smoke` hides tokens of Python's own source code, bytes, for a few steps.
@@ -50,7 +53,8 @@ def get_config(stage: str = "pretrain") -> ConfigDict:
     if stage in ("pretrain", "smoke"):
         data.format = "mlm"
         data.noise.max_predictions = 20  # of 128 columns 15 %, 19
-        train.num_steps, train.eval_every, train.save_every = 600, 150, 100
+        data.eval_tokens = 65_536
+        train.num_steps, train.eval_every, train.save_every = 700, 100, 100
     else:
         data.format, data.packing = "classification", "pad"
         data.target_key, data.classes = "label", ("ham", "spam")
