@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from jaxlm import sharding
 from jaxlm.data.config import FORMATS
 from jaxlm.errors import UserError
-from jaxlm.objectives.formats import RowModel, label_losses
+from jaxlm.objectives.formats import RowModel, as_given, label_losses
 from jaxlm.objectives.lm import Batch, LanguageModel, LossConfig, Params, cross_entropy
 
 
@@ -86,6 +86,7 @@ def make_eval_step(
         data_format: what the batches ask of the model, see `jaxlm.objectives.formats`.
     """
     likelihood = dataclasses.replace(cfg, z_loss=0.0, label_smoothing=0.0)
+    whole = dataclasses.replace(likelihood, chunk=0)
     if data_format != "lm":
         token_bytes_V = None
 
@@ -103,7 +104,11 @@ def make_eval_step(
         if data_format == "classification":
             return everywhere(RowSums(*labels, jnp.zeros_like(labels[0]), None, None, None))
         targets_BT, weight_BT = batch["targets"], batch["weights"].astype(jnp.float32)
-        _, token = cross_entropy(cfg, model.unembed, params, hidden_BTD, targets_BT, weight_BT)
+        if FORMATS[data_format].tags:
+            logits_BTC = model.classify(params, batch, hidden_BTD, None)
+            _, token = cross_entropy(whole, as_given, {}, logits_BTC, targets_BT, weight_BT)
+        else:
+            _, token = cross_entropy(cfg, model.unembed, params, hidden_BTD, targets_BT, weight_BT)
         bytes_BT = 0.0 if token_bytes_V is None else jnp.asarray(token_bytes_V, jnp.float32)[targets_BT]
 
         def weighted(x_BT: Array | float) -> Array:

@@ -1,5 +1,6 @@
-"""The tools that fetch or write what the experiments on other objectives read."""
+"""The tools that make what the experiments on other objectives read, and those that read their runs."""
 
+import ast
 import datetime
 import hashlib
 import importlib.util
@@ -9,7 +10,10 @@ import sys
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from jaxlm.errors import UserError
 
 TOOLS = Path(__file__).parents[1] / "tools"
 
@@ -23,7 +27,8 @@ def load(name: str):
     return module
 
 
-spam, dates = load("spam"), load("dates")
+spam, dates, roles = load("spam"), load("dates"), load("roles")
+plot_runs, confusion = load("plot_runs"), load("confusion")
 
 
 def test_mails_are_read_with_their_label_and_without_their_headers(tmp_path, monkeypatch, capsys):
@@ -69,3 +74,68 @@ def test_every_spelling_of_a_day_is_its_own():
     sides = [{row["iso"] for row in rows} for rows in records.values()]
     assert not sides[0] & sides[1]
     assert dates.records() == records
+
+
+def test_every_word_of_a_function_is_tagged_with_what_it_is():
+    source = (
+        "class Shop:\n"
+        "    def price(self, items, *, tax=0.2):\n"
+        "        'Documented.'\n"
+        "        total = sum(item.cost for item in items)  # a comment\n"
+        "        return math.ceil(total * (1 + tax)) if self.open else limit(x=tax)\n"
+    )
+    function = ast.parse(ast.unparse(ast.parse(source).body[0].body[0])).body[0]
+    words = roles.tagged(function, ast.unparse(function))
+    assert {tag for _, tag in words} == set(roles.TAGS)
+    of = {}
+    for word, tag in words:
+        of.setdefault(word, []).append(tag)
+    assert of["tax"] == ["parameter"] * 3
+    assert (of["item"], of["cost"], of["total"]) == (["local"] * 2, ["attribute"], ["local"] * 2)
+    assert (of["sum"], of["math"], of["ceil"]) == (["builtin"], ["global"], ["attribute"])
+    assert (of["x"], of["limit"], of["price"], of["''"]) == (
+        ["option"],
+        ["global"],
+        ["definition"],
+        ["string"],
+    )
+    assert "#" not in "".join(of)
+
+
+def test_rules_are_scored_on_words_held_out():
+    train = [[("a", "local"), ("b", "keyword"), ("b", "local")], [("b", "keyword"), ("d", "local")]]
+    held_out = [[("b", "keyword"), ("b", "local"), ("c", "keyword"), ("a", "local")]]
+    shares = roles.right_by_rule(train, held_out)
+    assert shares == {"commonest_tag": 0.5, "commonest_tag_of_the_word": 0.5}
+    assert roles.right_by_rule(train, [[("b", "keyword"), ("c", "local")]]) == {
+        "commonest_tag": 0.5,
+        "commonest_tag_of_the_word": 1.0,
+    }
+
+
+def test_tools_that_read_runs_name_what_is_missing(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "eval/nll": 2.0}\n{"step": 2, "eval/nll": 1.0, "train/nll": 1.5}\n'
+    )
+    assert plot_runs.series(tmp_path, "eval/nll") == ([1, 2], [2.0, 1.0])
+    with pytest.raises(UserError, match="has no 'eval/exact'; it has: eval/nll, train/nll"):
+        plot_runs.series(tmp_path, "eval/exact")
+    out = tmp_path / "a.png"
+    arguments = ["--metric=eval/nll", f"--out={out}", f"here:{tmp_path}", "--line=chance=1.5"]
+    assert plot_runs.main(arguments) == 0
+    assert out.read_bytes().startswith(b"\x89PNG")
+    assert plot_runs.main([*arguments, "--line=chance"]) == 2
+    found = confusion.measures(np.array([[6, 2], [1, 3]]), ("ham", "spam"))
+    assert found["accuracy"] == 0.75
+    assert found["larger_class"] == pytest.approx(8 / 12)
+    assert found["spam"] == {"precision": 0.6, "recall": 0.75, "f1": pytest.approx(2 / 3)}
+
+
+def test_naive_bayes_counts_tokens_by_class():
+    def batch(tokens, labels, weights=(1.0, 1.0)):
+        arrays = dict(tokens=tokens, segments=np.asarray(tokens) > 0, labels=labels, label_weights=weights)
+        return {name: np.asarray(x) for name, x in arrays.items()}
+
+    train = [batch([[1, 1, 2], [3, 3, 0]], [0, 1])]
+    held_out = [batch([[1, 2, 0], [1, 3, 3]], [0, 0]), batch([[3, 0, 0], [0, 0, 0]], [1, 0], (1.0, 0.0))]
+    assert confusion.naive_bayes(train, held_out, 4, 2).tolist() == [[1, 1], [0, 1]]

@@ -37,6 +37,7 @@ DATA: dict[str, dict] = {
     "denoise": dict(input_len=24, noise=dict(rate=0.3, permute=True)),
     "seq2seq": dict(PAIRS, input_len=32),
     "classification": dict(PAIRS, target_key="kind", classes=("short", "long")),
+    "tags": dict(PAIRS, target_key="tags", classes=("A", "B", "C")),
 }
 MODEL = dict(vocab_size=VOCAB, num_layers=2, model_dim=16, mlp_dim=24, attention=dict(num_heads=2))
 BOTH_WAYS = dict(causal=False)
@@ -52,6 +53,7 @@ MODELS: dict[str, dict] = {
     "denoise": WITH_ENCODER,
     "seq2seq": WITH_ENCODER,
     "classification": dict(readout=dict(classes=2, of="last")),
+    "tags": dict(causal=False, readout=dict(classes=3, of="each", dense="tanh")),
 }
 
 
@@ -64,7 +66,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for n in rng.integers(3, 30, 40):
         text = " ".join(rng.choice(stock, n))
         kind = "long" if n > 14 else "short"
-        lines.append(json.dumps({"text": text, "answer": text[::-1][:20], "kind": kind}) + "\n")
+        tags = " ".join("ABC"[len(word) % 3] for word in text.split())
+        lines.append(json.dumps({"text": text, "answer": text[::-1][:20], "kind": kind, "tags": tags}) + "\n")
     (folder / "train.jsonl").write_text("".join(lines[:32]))
     (folder / "eval.jsonl").write_text("".join(lines[32:]))
     return folder
@@ -123,6 +126,8 @@ def test_the_objective_is_what_the_format_says(folder: Path, name: str):
     nll = z = count = 0.0
     if "targets" in batch:
         logits = model.unembed(params, hidden)
+        if name == "tags":
+            logits = model.classify(params, batch, hidden, None)
         nll, z, _, count = by_hand(logits, batch["targets"], batch["weights"])
     expected, divisor = nll + 1e-4 * z, count
     if "labels" in batch:
@@ -188,7 +193,7 @@ def test_a_prefix_is_seen_both_ways_and_the_rest_backwards_only(folder: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["nsp", "denoise", "classification"])
+@pytest.mark.parametrize("name", ["nsp", "denoise", "classification", "tags"])
 def test_microbatches_and_meshes_do_not_show(folder: Path, name: str):
     """Labels that a row lacks and masks of any number: all of it sums."""
     cfg = config(name, folder, loss={"z_loss": 0.0})
@@ -242,6 +247,28 @@ def test_a_run_goes_on_where_it_stopped_and_is_scored_by_its_own_measure(folder,
     assert other == cfg
 
 
+@pytest.mark.slow
+def test_a_run_says_how_many_pairs_it_cuts(folder, tmp_path, capsys):
+    cfg = config("classification", folder, train={"num_steps": 1})
+    texts = {
+        name: [json.loads(line) for line in (folder / name).open()] for name in ("train.jsonl", "eval.jsonl")
+    }
+    room = cfg.data.seq_len - 2  # between BOS and EOS
+    expected = {
+        f"{folder}/{name}": {"cut": sum(len(row["text"]) > room for row in rows), "pairs": len(rows)}
+        for name, rows in texts.items()
+    }
+    assert 0 < expected[f"{folder}/train.jsonl"]["cut"] < 32
+    run.train(cfg, tmp_path / "run", bar=False)
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["cut"] == expected
+    n = expected[f"{folder}/train.jsonl"]["cut"]
+    said = capsys.readouterr().err
+    assert f"{folder}/train.jsonl: {n} of 32 rows hold only the beginning of their text" in said
+    whole = config("classification", folder, train={"num_steps": 1}, data={"seq_len": 200})
+    assert run.train(whole, tmp_path / "whole", bar=False).cut == {}
+    assert "beginning of their text" not in capsys.readouterr().err
+
+
 def test_programs_of_two_formats_are_two(folder: Path):
     """A batch of one format is not scored by another's measure."""
     cfg = config("mlm", folder)
@@ -288,6 +315,8 @@ def test_eval_batches_know_no_tokens_beforehand(folder: Path):
             "of='first' of a causal model reads a token that has",
         ),
         ("classification", dict(readout=dict(classes=2, of="each")), "has one label a row; use 'first'"),
+        ("tags", dict(readout=dict(classes=3)), "of='first' says one thing of a row, but .* use 'each'"),
+        ("tags", dict(readout=dict(classes=2, of="each")), "classes=2, but .* has rows of 3 classes"),
         ("sop", dict(token_types=1), "model.token_types=1, but"),
         (
             "denoise",

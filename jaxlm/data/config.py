@@ -34,12 +34,13 @@ class NoiseConfig:
 class FormatFacts:
     """What a format is made of, for the checks of a config; `jaxlm.data.formats` makes its rows."""
 
-    text: str  # documents (any text) | pairs (input and target) | labelled (text and label)
+    text: str  # documents (any text) | pairs (input, target) | labelled (text, label) | tagged (text, tags)
     packings: tuple[str, ...]
     reads: tuple[str, ...] = ()  # fields of DataConfig and `noise.` ones that not every format reads
     encoder: bool = False  # rows have `inputs` for an encoder beside the decoder's tokens
     causal: bool | None = None  # what model.causal must be; None = either
     labels: bool = False  # rows have a label
+    tags: bool = False  # targets are classes, of words
 
 
 _MASKS = tuple(f"noise.{name}" for name in ("rate", "whole_words", "max_predictions", "variants"))
@@ -57,6 +58,7 @@ FORMATS: dict[str, FormatFacts] = {
     "denoise": FormatFacts("documents", ("concat", "pad"), (*_SPANS, *_BART), encoder=True),
     "seq2seq": FormatFacts("pairs", ("pad",), (*_FRAME, "target_key"), encoder=True),
     "classification": FormatFacts("labelled", ("pad",), ("target_key", "classes"), labels=True),
+    "tags": FormatFacts("tagged", ("pad",), ("target_key", "classes"), tags=True),
 }
 
 
@@ -68,8 +70,8 @@ class DataConfig:
     train: mixture.Mixture = ""  # glob, 'glob=2,glob=1' or ((glob, 2), ...) of text or prepared folders
     eval: str = ""  # glob of the pinned eval set
     text_key: str = "text"  # JSON field or column of the text (seq2seq: of the input)
-    target_key: str = ""  # field or column of the target or label, or '.de' = lines of the file beside
-    classes: tuple[str, ...] = ()  # classification: the labels, as the field `target_key` spells them
+    target_key: str = ""  # field or column of target, label or tags, or '.de' = lines of the file beside
+    classes: tuple[str, ...] = ()  # labels or tags, as the field `target_key` spells them
     format: str = "lm"  # what a row asks of the model: lm, mlm, ..., see jaxlm.data.formats
     seq_len: int = 256  # T, targets in a row
     input_len: int = 0  # S, columns of the encoder's input
@@ -123,7 +125,7 @@ class DataConfig:
         if facts.encoder:
             check(self.input_len > 0, f"data.format={name!r} needs data.input_len, the encoder's columns")
         if facts.text != "documents":
-            what = "label" if facts.labels else "target"
+            what = "label" if facts.labels else "tags" if facts.tags else "target"
             check(
                 self.target_key != "", f"data.format={name!r} needs data.target_key, the field of the {what}"
             )

@@ -10,6 +10,7 @@
 | denoise | T - 1 tokens, noised | the same |
 | seq2seq | a pair | the same |
 | classification | [BOS] text [EOS] | tokens, a label |
+| tags | [BOS] text [EOS] | tokens, targets (classes), weights (1 where a word begins) |
 
 A label is `labels` i32[B] and `label_weights` f32[B], of weight 0 in a row that has none. A row is a pure
 function of (its tokens, a generator), and the generator of (data.seed, source, epoch, row): the same on every
@@ -31,6 +32,7 @@ from jaxlm.data import corruption, noise, packing, pairs, pieces, spans
 from jaxlm.data.config import INPUTS, DataConfig, batch_columns, column_dtype
 from jaxlm.data.packing import Batch, PadPlan, Plan
 from jaxlm.data.shards import TokenStore
+from jaxlm.data.tags import Tags, read_tags
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import check
 
@@ -55,6 +57,7 @@ class Source:
     plan: Plan
     classes: Int[np.ndarray, "rows"] | None = None  # of labelled text
     cut: int = 0  # pairs of which a row holds only the beginning
+    tags: Tags | None = None  # of tagged text
 
     def text(self, row: int, eos: int, piece: int = 0) -> Int[np.ndarray, "n"]:
         """A piece of a row, int32, without an EOS at its end."""
@@ -71,6 +74,7 @@ class Format:
     example: Callable[[Source, int, np.random.Generator], Example]
     variants: int  # as in NoiseConfig
     identity: Mapping[str, Any]  # all that decides an example beside its tokens and the generator
+    ids: tuple[str, ...]  # arrays of token ids, which are filled up with that of padding
 
     def batch(self, sources: Sequence[Source], rows: Sequence[Row], seed: int, pad_id: int) -> Batch:
         """The batch of these rows."""
@@ -88,7 +92,7 @@ class Format:
 
     def _empty(self, name: str, rows: int, pad_id: int) -> np.ndarray:
         shape = (rows, self.columns[name]) if self.columns[name] else (rows,)
-        return np.full(shape, pad_id if name in ("tokens", "targets", "inputs") else 0, column_dtype(name))
+        return np.full(shape, pad_id if name in self.ids else 0, column_dtype(name))
 
 
 def generator(seed: int, source: int, epoch: int, row: int) -> np.random.Generator:
@@ -132,6 +136,7 @@ def make_format(cfg: DataConfig, tokenizer: Tokenizer, vocab_size: int) -> Forma
         "denoise": _denoise,
         "seq2seq": _seq2seq,
         "classification": _classification,
+        "tags": _tags,
     }[cfg.format]
     raw_len, example = build(cfg, tokenizer, ids)
     identity = {
@@ -141,7 +146,9 @@ def make_format(cfg: DataConfig, tokenizer: Tokenizer, vocab_size: int) -> Forma
         "ids": dataclasses.astuple(ids),
         "probe": probe(),
     }
-    return Format(batch_columns(cfg), raw_len, example, cfg.noise.variants, json.loads(json.dumps(identity)))
+    identity = json.loads(json.dumps(identity))
+    of_tokens = ("tokens", "inputs") if cfg.facts.tags else ("tokens", "inputs", "targets")
+    return Format(batch_columns(cfg), raw_len, example, cfg.noise.variants, identity, of_tokens)
 
 
 def _field(cfg: DataConfig, name: str) -> Any:
@@ -340,6 +347,20 @@ def _classification(cfg: DataConfig, tokenizer: Tokenizer, ids: pieces.Specials)
     return cfg.seq_len, example
 
 
+def _tags(cfg: DataConfig, tokenizer: Tokenizer, ids: pieces.Specials) -> Built:
+    check(cfg.seq_len > 2, f"data.seq_len={cfg.seq_len} leaves no column for text between BOS and EOS")
+
+    def example(source: Source, row: int, rng: np.random.Generator) -> Example:
+        tokens = _join(ids.bos, source.text(row, ids.eos)[: cfg.seq_len - 2], ids.eos)
+        columns, classes = source.tags.of_row(row)
+        shown = columns < len(tokens) - 2
+        targets, weights = np.zeros(len(tokens), np.int32), np.zeros(len(tokens), np.float32)
+        targets[columns[shown] + 1], weights[columns[shown] + 1] = classes[shown], 1.0
+        return {"tokens": tokens, "targets": targets, "weights": weights, **_row(tokens)}
+
+    return cfg.seq_len, example
+
+
 def make_source(
     cfg: DataConfig,
     form: Format | None,
@@ -360,8 +381,8 @@ def make_source(
         limit: only the first so many tokens; 0 = all.
 
     Raises:
-        UserError: a store of pairs where documents are wanted, or the reverse; a label that is not known; a
-            single document, where two are needed.
+        UserError: a store of pairs where documents are wanted, or the reverse; a label that is not known;
+            tags that do not fit their words; a single document, where two are needed.
     """
     if cfg.facts.text == "documents":
         check(
@@ -376,6 +397,9 @@ def make_source(
         return Source(glob, share, store, plan)
     plan = pairs.make_pair_plan(store, cfg.keys, glob, limit)
     sizes_R2 = plan.sizes() - 1
+    if cfg.facts.tags:
+        tags = read_tags(store, plan, tokenizer, cfg.classes, glob)
+        return Source(glob, share, store, plan, cut=int(np.sum(sizes_R2[:, 0] > cfg.seq_len - 2)), tags=tags)
     if cfg.facts.labels:
         labels = tuple(tokenizer.encode(label) for label in cfg.classes)
         classes_R = pairs.class_of_rows(store, plan, labels, cfg.classes, glob)

@@ -7,6 +7,7 @@
 | mlm | nll of the hidden tokens |
 | nsp, sop | the same, and the nll of a row's label, which counts as much as all hidden tokens of its row |
 | classification | nll of a row's label |
+| tags | nll of the tags of a row's words |
 
 A label's share is tied to its row, not to the batch, so that all of it stays a sum: with equally many hidden
 tokens in each row it is BERT's loss, the mean of the tokens plus the mean of the labels.
@@ -52,8 +53,8 @@ class RowModel(Protocol):
 
     def classify(
         self, params: Params, batch: Batch, hidden: Float[Array, "B T D"], key: Any
-    ) -> Float[Array, "B C"]:
-        """fp32 logits of the classes; the key is for dropout."""
+    ) -> Float[Array, "B *C"]:
+        """fp32 logits of the classes, [B, C] or [B, T, C]; the key is for dropout."""
         ...
 
 
@@ -91,17 +92,17 @@ def check_model(model: ModelConfig, data: DataConfig) -> None:
         )
     if not isinstance(model, TransformerConfig):
         check(
-            not facts.labels,
+            not (facts.labels or facts.tags),
             f"data.format={name!r} needs a transformer, which has a readout; model.kind is {model.kind!r}",
         )
         return
     if name == "prefix_lm":
         check_backend(model.attention.backend, allowed=True)
         check_context(model.attention.context, allowed=True)
-    if facts.labels:
+    if facts.labels or facts.tags:
         _check_readout(model, len(data.classes) or 2, name)
     # Theirs are sums over all tokens of a row; of one, only the tokens that the loss counts divide them.
-    few = model.moe.num_experts > 0 and name in ("mlm", "nsp", "sop", "classification")
+    few = model.moe.num_experts > 0 and name in ("mlm", "nsp", "sop", "classification", "tags")
     for field in ("load_balance", "router_z") if few else ():
         value = getattr(model.moe, field)
         check(
@@ -127,6 +128,13 @@ def _check_readout(model: TransformerConfig, classes: int, name: str) -> None:
         readout.classes == classes,
         f"model.readout.classes={readout.classes}, but data.format={name!r} has rows of {classes} classes",
     )
+    if FORMATS[name].tags:
+        check(
+            readout.of == "each",
+            f"model.readout.of={readout.of!r} says one thing of a row, but data.format={name!r} has a tag "
+            "for each word; use 'each'",
+        )
+        return
     check(
         readout.of != "each",
         f"model.readout.of='each' reads out every token, but data.format={name!r} has one label a row; use "
@@ -147,7 +155,8 @@ def make_objective(
     """The objective of a format, `(params, batch, key) -> (loss_sum, weight_sum, metrics)`, all sums.
 
     Metrics are those of `make_lm_objective`, of tokens; with labels beside tokens also `label_nll` and
-    `label_accuracy`; with labels alone `nll`, `accuracy`, `z_loss` and `total` are those of the labels.
+    `label_accuracy`; with labels alone `nll`, `accuracy`, `z_loss` and `total` are those of the labels, and
+    with tags those of the tags.
 
     Args:
         data_format: name in `jaxlm.data.config.FORMATS`.
@@ -155,6 +164,8 @@ def make_objective(
         cfg: see `LossConfig`; smoothing and z-loss act on labels too.
         token_bytes_V: bytes of text that each token stands for; read by 'lm' alone.
     """
+    if FORMATS[data_format].tags:
+        return _tags_objective(model, cfg)
     if not FORMATS[data_format].labels:
         return make_lm_objective(model, cfg, token_bytes_V if data_format == "lm" else None)
     alone = data_format == "classification"
@@ -181,13 +192,30 @@ def make_objective(
     return objective
 
 
+def _tags_objective(model: RowModel, cfg: LossConfig) -> Objective:
+    whole = dataclasses.replace(cfg, chunk=0)
+
+    def objective(params: Params, batch: Batch, key: Any) -> tuple[Float[Array, ""], Float[Array, ""], Pairs]:
+        trunk_key, head_key = (None, None) if key is None else jax.random.split(key)
+        hidden_BTD, aux = model.apply(params, batch, trunk_key)
+        logits_BTC = model.classify(params, batch, hidden_BTD, head_key)
+        return token_sums(whole, as_given, {}, batch, logits_BTC, aux, None)
+
+    return objective
+
+
+def as_given(_: Params, logits: Array) -> Array:
+    """The `unembed` of what are logits already."""
+    return logits
+
+
 def label_losses(
     cfg: LossConfig, logits_BC: Float[Array, "B C"], labels_B: Array, weights_B: Float[Array, " B"]
 ) -> tuple[Float[Array, ""], TokenLosses]:
     """Weighted sum of the training loss over rows, and the values of each row, [B]."""
     whole = dataclasses.replace(cfg, chunk=0)
     columns = (logits_BC[:, None], labels_B[:, None], weights_B[:, None])
-    loss, losses = cross_entropy(whole, lambda _, logits: logits, {}, *columns)
+    loss, losses = cross_entropy(whole, as_given, {}, *columns)
     return loss, jax.tree.map(lambda x_B1: x_B1[:, 0], losses)
 
 

@@ -13,7 +13,7 @@ from jaxlm.data.loader import DataConfig, Dataset, Loader, eval_batches, make_da
 from jaxlm.data.packing import Batch
 from jaxlm.data.prepare import prepare
 from jaxlm.data.sources import iter_documents
-from jaxlm.data.tokenizer import ByteTokenizer
+from jaxlm.data.tokenizer import ByteTokenizer, train_sentencepiece
 from jaxlm.errors import UserError
 
 from .conftest import words
@@ -30,7 +30,12 @@ KNOBS: dict[str, dict] = {
     "denoise": dict(ENCODER, with_bos=True, noise=NoiseConfig(0.3, permute=True, delete=0.1, rotate=0.5)),
     "seq2seq": dict(ENCODER, text_key="question", target_key="answer"),
     "classification": dict(packing="pad", text_key="question", target_key="kind", classes=("short", "long")),
+    "tags": dict(packing="pad", text_key="question", target_key="tags", classes=("A", "B", "C")),
 }
+
+
+def tag_of(word: str) -> str:
+    return "ABC"[len(word) % 3]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +47,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     documents = "".join(json.dumps({"text": text}) + "\n" for text in texts)
     (folder / "documents.jsonl").write_text(documents)
     records = [
-        {"question": t, "answer": t[::-1][:40], "kind": "long" if len(t) > 99 else "short"} for t in texts
+        {
+            "question": t,
+            "answer": t[::-1][:40],
+            "kind": "long" if len(t) > 99 else "short",
+            "tags": " ".join(tag_of(word) for word in t.split()),
+        }
+        for t in texts
     ]
     (folder / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     return folder
@@ -86,6 +97,7 @@ ARRAYS = {
     "denoise": DECODER | INPUTS,
     "seq2seq": DECODER | INPUTS,
     "classification": dict.fromkeys(("tokens", "segments", "positions"), (32,)) | LABEL,
+    "tags": DECODER,
 }
 
 
@@ -317,8 +329,10 @@ def test_parallel_text_from_every_kind_of_file(tmp_path: Path, kind: str):
     data = dataset(cfg)
     assert data.num_rows == 30
     assert sorted(pairs_of(data.batch([(0, row, 0) for row in range(30)]))) == sorted(texts)
-    assert data.describe()[0]["cut"] == 0
-    assert dataset(dataclasses.replace(cfg, seq_len=7)).describe()[0]["cut"] == 20  # '10 drow' and EOS are 8
+    assert (data.describe()[0]["cut"], data.cut()) == (0, {})
+    shorter = dataset(dataclasses.replace(cfg, seq_len=7))
+    assert shorter.describe()[0]["cut"] == 20  # '10 drow' and EOS are 8
+    assert shorter.cut() == {str(path): {"cut": 20, "pairs": 30}}
 
 
 def test_labels_are_numbers_of_classes(folder: Path):
@@ -328,6 +342,7 @@ def test_labels_are_numbers_of_classes(folder: Path):
     texts = [d.text for d in iter_documents(folder / "records.jsonl", "question")]
     assert batch["labels"].tolist() == [int(len(text) > 99) for text in texts]
     assert TOKENIZER.decode(batch["tokens"][0]) == texts[0][:30]
+    assert data.cut()[cfg.train]["cut"] == sum(len(text) > 30 for text in texts) > 0
     reverse = dataset(dataclasses.replace(cfg, classes=("long", "short")))
     assert reverse.batch([(0, 0, 0)])["labels"] == 1 - batch["labels"][0]
     with pytest.raises(
@@ -337,6 +352,50 @@ def test_labels_are_numbers_of_classes(folder: Path):
     (folder / "numbers.jsonl").write_text('{"question": "a", "kind": 0}\n{"question": "b", "kind": 1}\n')
     numbers = dataclasses.replace(cfg, train=str(folder / "numbers.jsonl"), classes=("1", "0"))
     assert dataset(numbers).batch([(0, 0, 0), (0, 1, 0)])["labels"].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("pieces", [False, True])
+def test_the_first_token_of_a_word_has_its_tag(folder: Path, tmp_path: Path, pieces: bool):
+    """With bytes and with pieces of several letters, some of them longer than a word, and a cut text."""
+    cfg, tokenizer = dataclasses.replace(config("tags", folder), seq_len=40), TOKENIZER
+    texts = [d.text for d in iter_documents(folder / "records.jsonl", "question")]
+    if pieces:
+        tokenizer = train_sentencepiece(texts, tmp_path / "a.model", 300)
+    data = make_dataset(cfg, tokenizer)
+    batch = data.batch([(0, row, 0) for row in range(data.num_rows)])
+    lengths = [len(tokenizer.encode(text)) for text in texts]
+    assert data.cut()[cfg.train]["cut"] == sum(n > 38 for n in lengths) > 0
+    several = 0
+    for text, targets, weights in zip(texts, batch["targets"], batch["weights"], strict=True):
+        ids = tokenizer.encode(text)
+        words = [len(tokenizer.decode(ids[:n]).encode().split()) for n in range(len(ids) + 1)]
+        begins = np.flatnonzero(np.diff(words))  # the token with which a word more is seen
+        classes = ["ABC".index(tag_of(word)) for word in text.split()]
+        columns = np.flatnonzero(weights)
+        np.testing.assert_array_equal(columns, begins[begins < 38] + 1)
+        np.testing.assert_array_equal(targets[columns], classes[: len(columns)])
+        assert not targets[weights == 0].any()
+        several += len(ids) > len(begins) > len(columns) > 0
+    assert several > 5
+
+
+def test_tags_that_do_not_fit_their_words(folder: Path, tmp_path: Path):
+    def refused(message: str, text: str, tags: str, **changes) -> None:
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
+        path.write_text(json.dumps({"question": text, "tags": tags}) + "\n")
+        with pytest.raises(UserError, match=message):
+            dataset(config("tags", folder, train=str(path), **changes))
+
+    refused(r"pair 0 \(from 0\) has 2 words and 3 tags", "two words", "A B C")
+    refused("the tag 'D' is none of data.classes=", "two words", "A D")
+    refused("'NOUM' is none of .*; did you mean 'NOUN'", "one", "NOUM", classes=("NOUN", "VERB"))
+    with pytest.raises(UserError, match=r"needs data.target_key, the field of the tags"):
+        config("tags", folder, target_key="")
+
+    wordy = ByteTokenizer()  # as WordPiece, its tokens leave spaces out
+    wordy.token_bytes = np.where(np.arange(256) == 32, 0, 1)
+    with pytest.raises(UserError, match=r"its tokens stand for .* not 'byte'"):
+        make_dataset(config("tags", folder), wordy)
 
 
 # Refusals.
