@@ -6,9 +6,10 @@ Command:
     python tools/roles.py --out data/roles
     jaxlm tokenizer train --input=data/roles/train.jsonl --out=data/roles/tokenizer.model --vocab_size=2048
     jaxlm train --config=experiments/objectives/roles.py --workdir=runs/roles
-Hardware: two CPU cores.
-Expected: not run yet.
-Last run: none.
+Hardware: two CPU cores, ten minutes when others use them too.
+Expected: 96.7% of the 39,021 held-out words that the rows hold (error 0.1%), 0.085 nats a word; each word's
+commonest tag in the training set gets 86.3% of the same words, the commonest tag 46.6%.
+Last run: 2026-11-22, commit 8b0df5d with this data format.
 
 `:smoke` sees the functions of roles.jsonl beside this file, bytes, for a few steps.
 """
