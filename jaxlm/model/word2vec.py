@@ -32,10 +32,6 @@ Batch = dict[str, Any]
 WORD = re.compile(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)*")
 
 # The last two components of a leaf's name -> the logical axes of its dimensions.
-AXES: dict[str, tuple[str | None, ...]] = {
-    "embed/table": ("vocab", "embed"),
-    "context/table": ("vocab", "embed"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
