@@ -125,7 +125,7 @@ def _fit_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_multi_string("fix", [], "parameter that keeps a value, E=1.69", flag_values=values)
     flags.DEFINE_multi_string("tie", [], "parameters that are equal, alpha=beta", flag_values=values)
     flags.DEFINE_multi_string("bound", [], "range of a parameter, alpha=0.1:1", flag_values=values)
-    _whole(values, "starts", 16, "of the law's grid of starts, drawn at random; 0 = all")
+    _whole(values, "starts", 16, "of the law's grid of starts, drawn at random; 0 = all, of chinchilla 4500")
     _whole(values, "draws", 400, "of the bootstrap")
     _whole(values, "seed", 0, "of starts and draws")
     _real(values, "level", 0.95, "of the intervals")

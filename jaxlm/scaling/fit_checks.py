@@ -151,7 +151,7 @@ def identification(fit: Fit, points: Points) -> Found:
             text = (
                 f"{name} = {fit.parameters[name]:.4g} lies on a flat ridge: "
                 + ("its profile does not close" if _open(fit, name) else f"{ends[0]:.4g} to {ends[1]:.4g}")
-                + " within the cut-off. Other values fit as well and predict other optima"
+                + f" at {fit.level:.0%}. Other values fit as well and predict other optima"
             )
             out += found("flat_ridge", "warning", text, [name, *(ends or [])])
     return out

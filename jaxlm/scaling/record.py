@@ -70,7 +70,7 @@ def flops_per_param_token(fit: Fit) -> float:
     ratio = np.log(c[good] / (n[good] * d[good]))[c[good] >= c[good].max() / 10]
     if np.ptp(ratio) < 1e-9:
         near = float(np.exp(ratio[0]))
-        return round(near) * 1.0 if abs(near - round(near)) < 1e-8 else near
+        return round(near) * 1.0 if abs(near - round(near)) < 1e-8 * near else near
     return float(np.exp(ratio.mean()))
 
 

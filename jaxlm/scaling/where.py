@@ -35,7 +35,7 @@ def where_mask(text: str, columns: Mapping[str, np.ndarray]) -> np.ndarray:
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        odd = next((name for name in columns if not name.isidentifier()), None)
+        odd = next((name for name in columns if name in text and not name.isidentifier()), None)
         hint = f". A column such as {odd!r} needs a role to be named here: --columns=x={odd}" if odd else ""
         raise UserError(
             f"--where={text!r} is not an expression such as 'C < 1e21 and N == 1e7'{hint}"

@@ -27,7 +27,7 @@ from jaxlm.scaling.predict import (
     surface,
 )
 from jaxlm.scaling.problem import make_problem
-from jaxlm.scaling.record import optimum, predict_loss, save_fit
+from jaxlm.scaling.record import flops_per_param_token, optimum, predict_loss, save_fit
 from jaxlm.scaling.solve import refit
 from jaxlm.scaling.table import Points
 from jaxlm.scaling.uncertainty import bootstrap
@@ -158,6 +158,13 @@ def test_extrapolation_is_named(fit):
     assert far["value"] == pytest.approx(110)
     scarce = dataclasses.replace(fit, points=fit.points | {"U": [1e9] * len(fit.points["C"])})
     assert [a["name"] for a in predict(scarce, 1e20).diagnostics] == ["multi_epoch"]
+
+
+def test_flops_in_another_unit_keep_their_ratio(fit):
+    """C in exaFLOP beside counted N and D: 6e-18 FLOPs a parameter and token, not none."""
+    exa = dataclasses.replace(fit, points=fit.points | {"C": [1e-18 * c for c in fit.points["C"]]})
+    assert flops_per_param_token(exa) == pytest.approx(6e-18)
+    assert predict(exa, 1e3).N.value == pytest.approx(predict(fit, 1e21).N.value)
 
 
 def test_no_silent_number(fit, line):
