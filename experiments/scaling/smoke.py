@@ -15,7 +15,7 @@ Command:
     jaxlm sweep --workdir=runs/smoke && jaxlm collect --workdir=runs/smoke
     jaxlm predict --fit=runs/smoke/fits/surface/fit.json --budget=4e12
 Hardware: two CPU cores, 4 GB.
-Expected: `tune` is best at 8e-3; N* = 0.070 C^0.5; at 4e12 FLOPs 1.478 nats per byte (95% 1.406 to 1.565)
+Expected: `tune` is best at 8e-3; N* = 0.070 C^0.5; at 4e12 FLOPs 1.478 nats per byte (95% 1.425 to 1.538)
     predicted, 1.459 measured.
 Report: experiments/scaling/results/smoke/report.md
 Last run: 2026-11-22, commit b727a91 and the changes of 2694fe7.
