@@ -64,13 +64,9 @@ def preflight_command(
     folder = default_cache() if cache is None else Path(cache) if cache else None
 
     def compile_one(cfg: RunConfig) -> tuple[Facts, bool]:
-        what = f"compiling for {hardware}, {describe_mesh(cfg.mesh)}, remat {cfg.model.remat}"
-        print(
-            f"{what}, {cfg.train.microbatches} microbatches: this can take minutes",
-            file=sys.stderr,
-            flush=True,
-        )
-        return facts_of(cfg, hardware, folder)
+        layout = f"{describe_mesh(cfg.mesh)}, remat {cfg.model.remat}, {cfg.train.microbatches} microbatches"
+        what = f"compiling for {hardware}, {layout}: this can take minutes"
+        return facts_of(cfg, hardware, folder, lambda: print(what, file=sys.stderr, flush=True))
 
     console = Console(width=None if sys.stdout.isatty() else 160)
     if search_layouts:

@@ -13,7 +13,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -334,12 +334,15 @@ def _source_hash() -> str:
     return digest.hexdigest()
 
 
-def facts_of(cfg: RunConfig, topology: Topology, cache: Path | None) -> tuple[Facts, bool]:
+def facts_of(
+    cfg: RunConfig, topology: Topology, cache: Path | None, announce: Callable[[], None] = lambda: None
+) -> tuple[Facts, bool]:
     """`(facts, whether they came from the cache)`; a cache file that cannot be read is written again.
 
     Args:
         cfg, topology: what to compile.
         cache: folder; None = compile and keep nothing.
+        announce: called before something is compiled.
     """
     path = None if cache is None else cache / f"{cache_key(cfg, topology)}.json"
     if path is not None and path.exists():
@@ -347,6 +350,7 @@ def facts_of(cfg: RunConfig, topology: Topology, cache: Path | None) -> tuple[Fa
             return Facts.from_dict(json.loads(path.read_text())), True
         except (ValueError, KeyError, TypeError):
             path.unlink()
+    announce()
     facts = compile_step(cfg, topology)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -139,11 +139,16 @@ def _warnings(
 
 
 def _reshards(rows: Sequence[Row]) -> Iterator[str]:
-    """Exchanges that no operation of the program asks for."""
+    """Exchanges that no operation of the program asks for.
+
+    Permutations at a product are no reshard: there the compiler sends parts while it multiplies others.
+    """
     asked = ("ppermute", "all_to_all", "ragged_all_to_all", "pshuffle", "psend", "precv")
     for row in rows:
+        name = row.where.rpartition("/")[2]
         exchange = row.kind in ("all-to-all", "ragged-all-to-all", "collective-permute")
-        if exchange and row.where.rpartition("/")[2] not in asked and row.ici + row.dcn >= LARGE:
+        windowed = row.kind == "collective-permute" and name == "dot_general"
+        if exchange and name not in asked and not windowed and row.ici + row.dcn >= LARGE:
             yield (
                 f"a reshard that the compiler inserted: {row.kind} over {row.axes}, {row.count} x "
                 f"{row.nbytes / 1e6:,.1f} MB, at {short_name(row.where) or 'no operation of ours'}"
@@ -197,7 +202,8 @@ def short_name(where: str) -> str:
     >>> short_name("jit(step)/gradient/jvp()/while/body/closed_call/Block/attention/qkv/BTD,DNH->BTNH/dot")
     'Block/attention/qkv/BTD,DNH->BTNH/dot'
     """
-    noise = r"^(jit\(.*|while|body|closed_call|eval_jaxpr|checkpoint|jvp\(\)|transpose\(jvp\(\)\)|gradient|)$"
+    noise = r"^((transpose\()?jvp\((gradient)?\)+|jit\(.*"
+    noise += r"|while|body|closed_call|eval_jaxpr|checkpoint|gradient|)$"
     backward = "backward " if "transpose(" in where else ""
     again = "again " if "rematted" in where else ""
     parts = [p for p in where.split("/") if not re.match(noise, p) and p != "rematted_computation"]

@@ -227,7 +227,7 @@ def test_variants_change_nothing_else(llama):
 
 
 def test_the_command_writes_the_overrides(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(command, "facts_of", lambda cfg, hardware, cache: (facts(cfg, hardware), False))
+    monkeypatch.setattr(command, "facts_of", lambda cfg, hardware, *_: (facts(cfg, hardware), False))
     out = tmp_path / "best.json"
     flags = ["--config=experiments/llama_8b.py", "--topology=v5p:4x4x4", "--search", f"--out={out}"]
     assert main(["preflight", *flags, "--max_compiles=40"]) == 0

@@ -258,6 +258,8 @@ def test_warnings(fsdp):
     assert "too small to hide the gathers" in warned([row()])
     assert "a reshard that the compiler inserted: all-to-all" in warned([row("all-to-all", where="a/gather")])
     assert "reshard" not in warned([row("all-to-all", where="moe/all_to_all")])
+    assert "reshard" in warned([row("collective-permute", where="a/gather")])
+    assert "reshard" not in warned([row("collective-permute", where="mlp/BTD,BTF->DF/dot_general")])
     assert "whole all-reduces along fsdp" in warned([row("all-reduce")])
     assert "fills its torus" in warned([row("all-reduce")])
     assert "would send half" in warned([row("all-reduce")], text="h100:8")
