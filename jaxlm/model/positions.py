@@ -109,20 +109,20 @@ def _require(ok: bool, name: str, value: object, rule: str) -> None:
 
 
 def rotary_dim(cfg: PositionConfig, head_dim: int) -> int:
-    """Number R of leading head dimensions that rotate.
+    """Number R of leading head dimensions that rotate; of an odd R one more does, to make (R + 1) / 2 pairs.
 
     >>> rotary_dim(PositionConfig(fraction=0.25), 64)
     16
 
     Raises:
-        UserError: R is zero or odd.
+        UserError: R is zero, or odd and the whole head.
     """
     dim = int(head_dim * cfg.fraction + 1e-6)  # 0.29 * 100 is 28.999..
-    if dim < 2 or dim % 2:
+    if dim < 1 or dim + dim % 2 > head_dim:
         even = max(2, dim - dim % 2)
         raise UserError(
             f"position.fraction={cfg.fraction} of head_dim={head_dim} rotates {dim} dimensions, which must "
-            f"be even and positive; nearest is fraction={even / head_dim:g} ({even} dimensions)"
+            f"be positive and go in pairs; nearest is fraction={even / head_dim:g} ({even} dimensions)"
         )
     return dim
 
@@ -212,8 +212,9 @@ def dynamic_frequencies(
 
 def _by_pair(factors: tuple[float, ...], dim: int) -> np.ndarray:
     check(
-        len(factors) == dim // 2,
-        f"position: {len(factors)} long or short factors, but {dim} rotated dimensions make {dim // 2} pairs",
+        len(factors) == (dim + 1) // 2,
+        f"position: {len(factors)} long or short factors, but {dim} rotated dimensions make {(dim + 1) // 2} "
+        "pairs",
     )
     return np.asarray(factors, np.float32)
 
@@ -229,7 +230,7 @@ def _yarn_ramp(cfg: PositionConfig, theta: float, dim: int) -> np.ndarray:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     width = max(high - low, 0.001)  # both ends on one pair: a step
-    return np.clip((np.arange(dim // 2) - low) / width, 0.0, 1.0)
+    return np.clip((np.arange((dim + 1) // 2) - low) / width, 0.0, 1.0)
 
 
 def rope_tables(

@@ -323,8 +323,20 @@ def test_bad_fields_are_refused_by_name(fields, message):
         PositionConfig(**fields)
 
 
-def test_odd_rotated_width_names_the_nearest_fraction():
-    with pytest.raises(UserError, match=r"rotates 5 dimensions.*nearest is fraction=0.2 \(4 dimensions\)"):
-        rope_frequencies(PositionConfig(fraction=0.25), 20)
+def test_of_an_odd_rotated_width_one_more_turns():
+    """GPT-NeoX's quarter of 20: frequencies of five dimensions, and six that turn."""
+    cfg = PositionConfig(fraction=0.25)
+    inv_freq, _ = rope_frequencies(cfg, 20)
+    np.testing.assert_allclose(inv_freq, [10000.0 ** (-i / 5) for i in (0, 2, 4)], rtol=1e-6)
+    x = jax.random.normal(jax.random.key(0), (1, 1, 1, 20))
+    turned = apply_rope(x, jnp.array([[7]]), inv_freq) != x
+    assert turned.ravel().tolist() == [True] * 6 + [False] * 14
+
+
+def test_a_rotated_width_without_pairs_names_the_nearest_fraction():
+    with pytest.raises(UserError, match=r"rotates 0 dimensions.*nearest is fraction=0.1 \(2 dimensions\)"):
+        rope_frequencies(PositionConfig(fraction=0.01), 20)
+    with pytest.raises(UserError, match=r"rotates 5 dimensions.*nearest is fraction=0.8 \(4 dimensions\)"):
+        rope_frequencies(PositionConfig(), 5)
     with pytest.raises(UserError, match="even model_dim"):
         sinusoidal(jnp.array([[0]]), 5)
