@@ -315,6 +315,7 @@ SHAPES: dict[str, Shape] = {
             151936,
             model_type="qwen3_moe",
             num_key_value_heads=4,
+            head_dim=128,
             rope_theta=1e6,
             num_experts=128,
             num_experts_per_tok=8,

@@ -123,7 +123,9 @@ def get_config(arg: str = "t5_small") -> ConfigDict:
         data.format, data.packing, data.decoder_start, data.with_bos = "denoise", "pad", "eos", True
         data.noise.rate, data.noise.permute = 0.3, True
     else:
-        data.format, data.packing, data.decoder_start = "seq2seq", "pad", "eos"
+        # Marian's decoder starts with padding, M2M-100's with the end of a sentence.
+        data.format, data.packing = "seq2seq", "pad"
+        data.decoder_start = "pad" if kind == "marian" else "eos"
         data.train, data.eval = "data/pairs/train.jsonl", "data/pairs/heldout.jsonl"
         data.text_key, data.target_key = "source", "target"
     config.optim.lr, config.optim.schedule = 1e-3, "inverse_sqrt"
