@@ -100,8 +100,9 @@ PREDICTIONS = vocabulary(
     "cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.decoder"
 )
 PREDICTIONS_BIAS = vocabulary_bias("cls.predictions.bias", "cls.predictions.decoder.bias")
-# Positions are not learned, and a bias that stands beside that of an untied matrix is not used.
-IGNORED = (r"position_ids$", r"^cls\.predictions\.bias$", r"^predictions\.bias$", r"^lm_head\.bias$")
+PREDICTIONS_ALIASES = {"cls.predictions.bias": ("cls.predictions.decoder.bias",)}
+# A bias that stands beside that of an untied matrix is not used.
+IGNORED = (r"^cls\.predictions\.bias$", r"^predictions\.bias$", r"^lm_head\.bias$")
 
 
 def _bert_family() -> Family:
@@ -127,6 +128,7 @@ def _bert_family() -> Family:
         ignored=IGNORED,
         settle=settled,
         alternatives=PREDICTIONS_BIAS,
+        aliases=PREDICTIONS_ALIASES,
         tops=tops,
     )
 
@@ -146,6 +148,7 @@ def _roberta_family(model_type: str, name: str) -> Family:
         ignored=IGNORED,
         settle=settled,
         alternatives=vocabulary_bias("lm_head.bias", "lm_head.decoder.bias"),
+        aliases={"lm_head.bias": ("lm_head.decoder.bias",)},
         tops=encoder_tops(
             name,
             head=vocabulary("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder"),
@@ -195,6 +198,7 @@ def _distilbert_family() -> Family:
         },
         {**embeddings, **layer("distilbert.transformer.layer.{i}.", parts)},
         defaults={"activation": "gelu", "max_position_embeddings": 512},
+        spellings={"hidden_size": "dim", "num_attention_heads": "n_heads", "num_hidden_layers": "n_layers"},
         prefix="distilbert.",
         ignored=IGNORED,
         alternatives=vocabulary_bias("vocab_projector.bias", "vocab_projector.bias"),

@@ -10,6 +10,7 @@ from jaxlm.hf.bert_like import (
     KEYS,
     PARTS,
     PREDICTIONS,
+    PREDICTIONS_ALIASES,
     PREDICTIONS_BIAS,
     embedded,
     plain,
@@ -97,6 +98,7 @@ def _albert_family() -> Family:
         ignored=IGNORED,
         settle=settled,
         alternatives=vocabulary_bias("predictions.bias", "predictions.decoder.bias"),
+        aliases={"predictions.bias": ("predictions.decoder.bias",)},
         tops=encoder_tops(
             "Albert",
             head=head,
@@ -268,8 +270,9 @@ def _deberta_family() -> Family:
             "conv_act": "tanh",
         },
         prefix="deberta.",
-        ignored=IGNORED,
+        ignored=(*IGNORED, r"mask_predictions\.", r"^lm_predictions\.", r"position_embeddings"),
         alternatives=PREDICTIONS_BIAS,
+        aliases=PREDICTIONS_ALIASES,
         tops=encoder_tops(
             "DebertaV2",
             head=PREDICTIONS,

@@ -49,7 +49,7 @@ def _gpt_oss(hf: HFConfig) -> Fields:
         "activation": "quick_geglu",
         "gate_limit": float(hf["swiglu_limit"]),
         "mlp_pattern": ("moe",),
-        "moe.num_experts": hf.get("num_local_experts") or hf["num_experts"],
+        "moe.num_experts": hf["num_local_experts"],
         "moe.top_k": hf.get("num_experts_per_tok") or hf["experts_per_token"],
         "moe.bias": True,
     }
@@ -83,7 +83,7 @@ _OSS_EXPERTS = {
 
 def _mscale(hf: HFConfig) -> float:
     """What the scores of a stretched context are multiplied by: the square of 0.1 mscale_all_dim ln s + 1."""
-    scaling = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+    scaling = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     weight, factor = scaling.get("mscale_all_dim") or 0.0, scaling.get("factor") or 1.0
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     return 1.0 if kind == "default" or factor <= 1 else (0.1 * weight * math.log(factor) + 1.0) ** 2
@@ -104,7 +104,7 @@ def _deepseek(hf: HFConfig) -> Fields:
         **fields,
         "first_dense": first,
         "mlp_pattern": ("moe",),
-        "moe.num_experts": hf.get("n_routed_experts") or hf["num_experts"],
+        "moe.num_experts": hf["n_routed_experts"],
         "moe.top_k": hf["num_experts_per_tok"],
         "moe.expert_dim": hf["moe_intermediate_size"],
         "moe.shared_experts": hf["n_shared_experts"],
@@ -120,7 +120,7 @@ def _groups(hf: HFConfig, best: int) -> Fields:
 
 def _deepseek_2(hf: HFConfig) -> Fields:
     refuse(hf, scoring_func="softmax", mlp_bias=False)
-    fields = _deepseek(hf)
+    fields = {**_deepseek(hf), "position.interleaved": True}  # `rope_interleave` is V3's
     if "moe.top_k" not in fields:
         return fields
     check_choice(hf["topk_method"], ("greedy", "group_limited_greedy"), "config.json: topk_method")
@@ -240,6 +240,7 @@ FAMILIES = (
             "sliding_window": 128,
             "swiglu_limit": 7.0,
         },
+        spellings={"num_experts": "num_local_experts"},
     ),
     family(
         "deepseek_v2",
@@ -255,6 +256,7 @@ FAMILIES = (
             "routed_scaling_factor": 1.0,
             "moe_intermediate_size": 1407,
         },
+        spellings={"num_experts": "n_routed_experts"},
     ),
     family(
         "deepseek_v3",
@@ -273,7 +275,8 @@ FAMILIES = (
             "routed_scaling_factor": 2.5,
             "moe_intermediate_size": 2048,
         },
+        spellings={"num_local_experts": "n_routed_experts"},
         # Modules that predict several tokens, behind the last layer.
-        ignored=(r"rotary_emb\.inv_freq$", r"^model\.layers\.61\."),
+        ignored=(r"^model\.layers\.61\.",),
     ),
 )

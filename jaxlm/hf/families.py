@@ -19,13 +19,16 @@ from jaxlm.hf.tops import decoder_tops
 # Decoders whose layer with the classes of each token is called `classifier`, and not `score`.
 _CLASSIFIERS = ("gpt2", "gpt_neo", "gpt_neox", "bloom", "mpt", "falcon")
 
+_STEMS = {"gemma3_text": "Gemma3Text"}  # of classes that are not called as the language model is
+
 
 def _topped(family: Family) -> Family:
     """With the tops of a decoder, if it is one; files of a model without a head lack the prefix."""
     tops = family.tops
     if not tops and family.architecture.endswith(("ForCausalLM", "LMHeadModel")):
         token = "classifier" if family.model_type in _CLASSIFIERS else "score"
-        tops = decoder_tops(family.architecture, token)
+        stem = _STEMS.get(family.model_type, "")
+        tops = decoder_tops(family.architecture, token, stem=stem)
     bare = (*family.bare, *(name for name, top in tops.items() if not top.logits))
     return dataclasses.replace(family, tops=tops, bare=bare)
 

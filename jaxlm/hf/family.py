@@ -41,9 +41,12 @@ class Family:
     # expert, {h} a head. Rows without leaves here do not count.
     tensors: Mapping[str, Packing]
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of fields that files leave out
+    # Another name of a field -> its name here; of both in one file the other counts, as in `transformers`.
+    spellings: Mapping[str, str] = dataclasses.field(default_factory=dict)
     prefix: str = "model."  # of all tensors but the head's; files of the bare model go without it
     bare: tuple[str, ...] = ()  # classes whose files go without the prefix
-    ignored: tuple[str, ...] = ()  # regexes of tensors that hold nothing learned
+    ignored: tuple[str, ...] = ()  # regexes of tensors that hold nothing learned, beside every family's
+    zeros: tuple[str, ...] = ()  # tensors that are zero where files lack them
     alternatives: Callable[[TransformerConfig], Mapping[str, Packing]] | None = (
         None  # tensors that depend on cfg
     )
@@ -159,19 +162,32 @@ def shortest(kinds: list[str]) -> tuple[str, ...]:
     return tuple(kinds[:length])
 
 
+_ENCODER_SIZES = ("encoder.num_layers", "encoder.num_heads")
+_SIZES = ("vocab_size", "model_dim", "num_layers", "attention.num_heads", *_ENCODER_SIZES)  # not guessed
+
+
 def read_config(family: Family, hf: HFConfig) -> TransformerConfig:
     """Our config of a checkpoint.
 
     Raises:
-        UserError: it asks for something that this library does not have.
+        UserError: it asks for something that this library does not have, or lacks a size.
     """
     family = family.topped(hf)
-    hf = {**family.defaults, **hf}
+    hf = {**family.defaults, **respelled(family, hf)}
     fields = {ours: hf[key] for key, ours in family.keys.items() if hf.get(key) is not None}
     try:
-        return canonical(config_of({**fields, **family.read(hf), **family.top.read(hf)}))
+        fields = {**fields, **family.read(hf), **family.top.read(hf)}
     except KeyError as error:
         raise UserError(f"config.json of model_type {family.model_type!r} lacks {error}") from error
+    lost = [key for key, ours in family.keys.items() if ours in _SIZES and ours not in fields]
+    check(not lost, f"config.json of model_type {family.model_type!r} lacks {', '.join(map(repr, lost))}")
+    return canonical(config_of(fields))
+
+
+def respelled(family: Family, hf: HFConfig) -> dict[str, Any]:
+    """A config.json with the names of fields that the family's table has."""
+    others = {ours: hf[name] for name, ours in family.spellings.items() if hf.get(name) is not None}
+    return {**{key: value for key, value in hf.items() if key not in family.spellings}, **others}
 
 
 def write_config(family: Family, cfg: TransformerConfig, kept: HFConfig) -> dict[str, Any]:
@@ -196,7 +212,11 @@ def write_config(family: Family, cfg: TransformerConfig, kept: HFConfig) -> dict
         kept = {key: value for key, value in kept.items() if key not in ("num_labels", "label2id")}
         kept["id2label"] = {str(i): f"LABEL_{i}" for i in range(cfg.readout.classes)}
     ours = {key: _at(cfg, name) for key, name in family.keys.items()}
-    kept = {key: value for key, value in kept.items() if key not in ("rope_parameters", "rope_scaling")}
+    kept = {
+        key: value
+        for key, value in respelled(family, kept).items()
+        if key not in ("rope_parameters", "rope_scaling")
+    }
     tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # not their defaults' ids
     named = {"model_type": family.model_type}
     hf = {**tokens, **family.defaults, **kept, **named, **ours, **family.write(cfg)}

@@ -29,7 +29,10 @@ GATED = {
     "gelu_pytorch_tanh": "geglu",
     "gelu_new": "geglu",
     "gelu_fast": "geglu",
+    "gelu_accurate": "geglu",
     "gelu": "geglu_exact",
+    "gelu_python": "geglu_exact",
+    "quick_gelu": "quick_geglu",
     "relu": "reglu",
 }
 
@@ -85,31 +88,32 @@ _FORMS = {  # of constants that are no floats
 
 
 def rope(hf: HFConfig, *, layers: str = "full_attention", fraction: str = "partial_rotary_factor") -> Fields:
-    """Rotary fields from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
+    """Rotary fields from `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before).
+
+    Where both stand, `rope_scaling` counts, as in `transformers`.
 
     Args:
         hf: config.json; needs a default `rope_theta`.
         layers: which layers' parameters, where they differ by the type of the layer.
         fraction: name of the share of a head that rotates, in the older spelling.
     """
-    given = hf.get("rope_parameters") or {}
-    given = given.get(layers, given) or {}
-    scaling = {**(hf.get("rope_scaling") or {}), **given}
+    scaling = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    scaling = scaling.get(layers, scaling) or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     check_choice(kind, _TYPES, "config.json: rope_scaling's type")
     fields = {
         "kind": "rope",
-        "theta": float(given.get("rope_theta") or hf.get("rope_theta") or hf["default_theta"]),
-        "fraction": float(given.get("partial_rotary_factor") or hf.get(fraction) or 1.0),
+        "theta": float(scaling.get("rope_theta") or hf.get("rope_theta") or hf["default_theta"]),
+        "fraction": float(scaling.get("partial_rotary_factor") or hf.get(fraction) or 1.0),
         "scaling": _TYPES[kind],
     }
     constants = _CONSTANTS.get(kind, {})
     for theirs, ours in constants.items():
         if scaling.get(theirs) is not None:
             fields[ours] = _FORMS.get(ours, float)(scaling[theirs])
-    if kind in ("yarn", "dynamic", "longrope") and not fields.get("original_length"):
-        length = hf.get("original_max_position_embeddings") or hf["max_position_embeddings"]
-        fields["original_length"] = int(length)
+    if kind in ("yarn", "dynamic", "longrope", "llama3") and not fields.get("original_length"):
+        length = hf.get("original_max_position_embeddings") if kind != "dynamic" else None
+        fields["original_length"] = int(length or hf["max_position_embeddings"])
     if kind in ("yarn", "longrope") and "factor" not in fields:
         fields["factor"] = hf["max_position_embeddings"] / fields["original_length"]
     weights = scaling.get("mscale"), scaling.get("mscale_all_dim")

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from jaxlm.errors import UserError, check
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 PACKED = "mxfp4"  # the quantisation that can be read, see jaxlm.hf.mxfp4
 # What travels with the weights so that texts become ids and ids texts.
 TOKENIZER_FILES = (
@@ -40,6 +42,9 @@ class Source:
     shapes: Mapping[str, tuple[int, ...]]
     dtype: str  # of the weights
     read: Callable[[str], np.ndarray]  # one tensor, copied out of the file
+    odd: Mapping[str, str] = dataclasses.field(
+        default_factory=dict
+    )  # tensors that are no floats -> their type
 
 
 def _safe_open(path: Path) -> Any:
@@ -100,24 +105,25 @@ def open_folder(folder: Path) -> Iterator[Source]:
     """
     config = read_json(folder / "config.json")
     with contextlib.ExitStack() as stack:
-        where, shapes, dtypes = {}, {}, {}
+        where, shapes, sizes, odd = {}, {}, {}, {}
         for path in _shards(folder):
             file = stack.enter_context(_safe_open(path))
             for there in file.keys():  # noqa: SIM118  the file is no mapping
                 part, name = file.get_slice(there), _modern(there)
                 where[name], shapes[name] = (file, there), tuple(part.get_shape())
-                dtypes[part.get_dtype()] = dtypes.get(part.get_dtype(), 0) + int(np.prod(shapes[name]))
-        names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+                kind = part.get_dtype()
+                if kind in _FLOATS:
+                    sizes[kind] = sizes.get(kind, 0) + math.prod(shapes[name])
+                else:  # masks that older files keep, or what is quantised
+                    odd[name] = kind
         method = (config.get("quantization_config") or {}).get("quant_method")
         check(
             method in (None, PACKED),
             f"{folder}: weights quantised by {method!r} are not read, only {PACKED!r}; save them in bfloat16",
         )
-        others = {kind: n for kind, n in dtypes.items() if not (kind == "U8" and method == PACKED)}
-        most = max(others, key=others.__getitem__, default="F32")
-        check(most in names, f"{folder}: tensors of type {most} cannot be read, only {', '.join(names)}")
+        most = max(sizes, key=sizes.__getitem__, default="F32")
         read = lambda name: where[name][0].get_tensor(where[name][1])  # noqa: E731
-        yield Source(folder, config, shapes, names[most], read)
+        yield Source(folder, config, shapes, _FLOATS[most], read, odd)
 
 
 def write_folder(

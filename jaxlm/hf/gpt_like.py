@@ -70,6 +70,12 @@ _GPT_KEYS = {
     "layer_norm_epsilon": "norm_eps",
     "tie_word_embeddings": "tie_embeddings",
 }
+_GPT_SPELLINGS = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
 _GPT_PARTS = {
     "qkv": "attn.c_attn",
     "out": "attn.c_proj",
@@ -84,7 +90,6 @@ _GPT_DEFAULTS = {
     "activation_function": "gelu_new",
     "n_positions": 1024,
 }
-_MASKS = (r"\.attn\.(masked_)?bias$", r"\.attn\.attention\.(masked_)?bias$")
 
 
 def _gpt2(hf: HFConfig) -> Fields:
@@ -107,22 +112,22 @@ def _gpt2_keys(cfg: TransformerConfig) -> dict[str, Any]:
     }
 
 
+_GPT1 = {"gelu": "gelu_tanh", "relu": "relu", "swish": "silu", "silu": "silu"}  # its activations
+
+
 def _gpt1(hf: HFConfig) -> Fields:
-    # Its `gelu` is the tanh form.
-    names = {"gelu": "gelu_tanh", "relu": "relu", "swish": "silu"}
     return {
         **LAYERNORM,
         **biases(True),
         **learned(hf["n_positions"]),
-        **activation(hf, "afn", names),
+        **activation(hf, "afn", _GPT1),
         "norm_position": "post",
         "mlp_dim": 4 * hf["n_embd"],
     }
 
 
 def _gpt1_keys(cfg: TransformerConfig) -> dict[str, Any]:
-    names = {"gelu": "gelu_tanh", "relu": "relu", "swish": "silu"}
-    return {"n_positions": cfg.position.max_length, "afn": activation_name(cfg, names)}
+    return {"n_positions": cfg.position.max_length, "afn": activation_name(cfg, _GPT1)}
 
 
 # ----------------------------------------------------------------------------------------- GPT-Neo, J, NeoX
@@ -216,8 +221,8 @@ FAMILIES = (
             "transformer.positions_embed.weight": same("embed/positions"),
         },
         defaults={**_GPT_DEFAULTS, "afn": "gelu", "n_positions": 512},
+        spellings=_GPT_SPELLINGS,
         prefix="transformer.",
-        ignored=(*_MASKS, r"position_ids$"),
     ),
     Family(
         "gpt2",
@@ -231,8 +236,8 @@ FAMILIES = (
             "transformer.wpe.weight": same("embed/positions"),
         },
         defaults=_GPT_DEFAULTS,
+        spellings=_GPT_SPELLINGS,
         prefix="transformer.",
-        ignored=_MASKS,
     ),
     Family(
         "gpt_neo",
@@ -264,8 +269,8 @@ FAMILIES = (
             ),
         },
         defaults={**TIED, "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new", "window_size": 256},
+        spellings={"num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"},
         prefix="transformer.",
-        ignored=_MASKS,
     ),
     Family(
         "gptj",
@@ -287,8 +292,8 @@ FAMILIES = (
             ),
         },
         defaults={**_GPT_DEFAULTS, "rotary_dim": 64, "tie_word_embeddings": False},
+        spellings=_GPT_SPELLINGS,
         prefix="transformer.",
-        ignored=_MASKS,
     ),
     Family(
         "gpt_neox",
@@ -329,6 +334,5 @@ FAMILIES = (
             "use_parallel_residual": True,
         },
         prefix="gpt_neox.",
-        ignored=(r"\.attention\.(masked_)?bias$", r"rotary_emb\.inv_freq$"),
     ),
 )

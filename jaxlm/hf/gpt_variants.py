@@ -41,8 +41,7 @@ def _bloom(hf: HFConfig) -> Fields:
     return {
         **LAYERNORM,
         **biases(True),
-        "model_dim": hf.get("hidden_size") or hf["n_embed"],
-        "mlp_dim": 4 * (hf.get("hidden_size") or hf["n_embed"]),
+        "mlp_dim": 4 * hf["hidden_size"],
         "position.kind": "alibi",
         "embed_norm": True,
         "activation": "gelu_tanh",
@@ -51,9 +50,8 @@ def _bloom(hf: HFConfig) -> Fields:
 
 def _mpt(hf: HFConfig) -> Fields:
     attention = hf.get("attn_config") or {}
-    refuse(attention, alibi=True, alibi_bias_max=8, qk_ln=False, prefix_lm=False)
     refuse(attention, attn_type="multihead_attention")
-    refuse(hf, no_bias=True, logit_scale=None)
+    # `transformers` reads none of alibi, alibi_bias_max, qk_ln, prefix_lm, no_bias, logit_scale.
     return {
         "norm": "layernorm_scale",
         "mlp_dim": 4 * hf["d_model"],  # whatever expansion_ratio says: `transformers` does not read it
@@ -174,13 +172,14 @@ FAMILIES = (
         "BloomForCausalLM",
         {
             "vocab_size": "vocab_size",
+            "hidden_size": "model_dim",
             "n_layer": "num_layers",
             "n_head": "attention.num_heads",
             "layer_norm_epsilon": "norm_eps",
             "tie_word_embeddings": "tie_embeddings",
         },
         _bloom,
-        lambda cfg: {"hidden_size": cfg.model_dim},
+        lambda cfg: {},
         {
             **outside(
                 "transformer.word_embeddings",
@@ -198,6 +197,7 @@ FAMILIES = (
             ),
         },
         defaults={**TIED, "layer_norm_epsilon": 1e-5},
+        spellings={"n_embed": "hidden_size", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"},
         prefix="transformer.",
     ),
     Family(
@@ -228,6 +228,11 @@ FAMILIES = (
             ),
         },
         defaults={**TIED, "layer_norm_epsilon": 1e-5},
+        spellings={
+            "hidden_size": "d_model",
+            "num_attention_heads": "n_heads",
+            "num_hidden_layers": "n_layers",
+        },
         prefix="transformer.",
     ),
     Family(
@@ -257,6 +262,7 @@ FAMILIES = (
             "parallel_attn": True,
             "new_decoder_architecture": False,
         },
+        spellings={"n_embed": "hidden_size"},
         prefix="transformer.",
         alternatives=_falcon_norms,
     ),

@@ -61,7 +61,6 @@ MLP = {
     **{f"{LAYER}mlp.{x}_proj.bias": same(f"mlp/b_{x}") for x in ("gate", "up", "down")},
 }
 TENSORS = {**OUTSIDE, **ATTENTION, **NORMS, **MLP}
-IGNORED = (r"rotary_emb\.inv_freq$",)
 
 
 def moe(block: str, gate: str, up: str, down: str) -> dict[str, Packing]:
@@ -78,7 +77,7 @@ EXPERTS = moe("mlp", "gate_proj", "up_proj", "down_proj")
 
 def family(model_type: str, architecture: str, read: Any, write: Any, **rest: Any) -> Family:
     """A family with what stands above where `rest` says nothing else."""
-    shared = dict(keys=KEYS, tensors=TENSORS, ignored=IGNORED, defaults=DEFAULTS)
+    shared = dict(keys=KEYS, tensors=TENSORS, defaults=DEFAULTS)
     return Family(model_type, architecture, read=read, write=write, **{**shared, **rest})
 
 
@@ -112,21 +111,33 @@ def llama_keys(cfg: TransformerConfig) -> dict[str, Any]:
 
 
 def _one_window(hf: HFConfig) -> Fields:
-    """Mistral: all layers have the window, or none."""
+    """Mistral: all layers have the window, or none, whatever `layer_types` says."""
     window = hf.get("sliding_window")
     kinds = ["sliding_attention" if window else "full_attention"] * hf["num_hidden_layers"]
-    return layer_types(hf.get("layer_types") or kinds, window)
+    return layer_types(kinds, window)
 
 
 def _one_window_keys(cfg: TransformerConfig) -> dict[str, Any]:
     return {"sliding_window": cfg.attention.window or None}
 
 
+def _in_use(hf: HFConfig) -> int | None:
+    return hf.get("sliding_window") if hf.get("use_sliding_window") else None
+
+
 def _upper_window(hf: HFConfig) -> Fields:
     """Qwen: layers from `max_window_layers` on have the window, if it is in use."""
-    window = hf.get("sliding_window") if hf.get("use_sliding_window") else None
-    layers, first = hf["num_hidden_layers"], hf.get("max_window_layers", 28)
-    kinds = ["sliding_attention" if window and i >= first else "full_attention" for i in range(layers)]
+    window, first = _in_use(hf), hf.get("max_window_layers", 28)
+    layers = range(hf["num_hidden_layers"])
+    kinds = ["sliding_attention" if window and i >= first else "full_attention" for i in layers]
+    return layer_types(hf.get("layer_types") or kinds, window)
+
+
+def _lower_window(hf: HFConfig) -> Fields:
+    """Qwen2-MoE: every second layer before `max_window_layers` has it."""
+    window, end = _in_use(hf), hf.get("max_window_layers", 28)
+    local = [bool(window) and i % 2 == 0 and i < end for i in range(hf["num_hidden_layers"])]
+    kinds = ["sliding_attention" if x else "full_attention" for x in local]
     return layer_types(hf.get("layer_types") or kinds, window)
 
 
@@ -140,6 +151,17 @@ def _qwen(hf: HFConfig, **more: Any) -> Fields:
     return {**base(hf), **_upper_window(hf), **more}
 
 
+def _qwen3_moe(hf: HFConfig) -> Fields:
+    window = _one_window({**hf, "sliding_window": _in_use(hf)})
+    return {**base(hf), **window, **_sparse_layers(hf), **both_biases(hf), "attention.qk_norm": True}
+
+
+def _qwen3_moe_keys(cfg: TransformerConfig) -> dict[str, Any]:
+    window = {**_one_window_keys(cfg), "use_sliding_window": cfg.attention.window > 0}
+    biases = both_biases_keys(cfg)
+    return {**base_keys(cfg), **window, **experts_keys(cfg), **_sparse_keys(cfg), **biases}
+
+
 def _qwen_keys(cfg: TransformerConfig) -> dict[str, Any]:
     return {**base_keys(cfg), **_window_keys(cfg)}
 
@@ -149,7 +171,7 @@ def _qwen_keys(cfg: TransformerConfig) -> dict[str, Any]:
 
 def _experts(hf: HFConfig) -> Fields:
     return {
-        "moe.num_experts": hf.get("num_experts", hf.get("num_local_experts")),
+        "moe.num_experts": hf.get("num_experts") or hf["num_local_experts"],
         "moe.top_k": hf["num_experts_per_tok"],
         "moe.expert_dim": hf["moe_intermediate_size"],
         "moe.normalize": hf["norm_topk_prob"],
@@ -191,7 +213,7 @@ def _qwen2_moe(hf: HFConfig) -> Fields:
     }
     experts = _sparse_layers(hf)
     shared = shared if "moe.num_experts" in experts else {}
-    return _qwen(hf, **experts, **shared, **qkv_bias(hf.get("qkv_bias", True)))
+    return {**base(hf), **_lower_window(hf), **experts, **shared, **qkv_bias(hf.get("qkv_bias", True))}
 
 
 def _qwen2_moe_keys(cfg: TransformerConfig) -> dict[str, Any]:
@@ -263,6 +285,7 @@ def _gemma_2_keys(cfg: TransformerConfig) -> dict[str, Any]:
 
 def _gemma_3(hf: HFConfig) -> Fields:
     local = (hf.get("rope_parameters") or {}).get("sliding_attention") or {}
+    refuse(local, rope_type="default")
     theta = local.get("rope_theta") or hf.get("rope_local_base_freq") or 10000.0
     fields = _gemma_2(hf, alternate=6)
     return {**fields, "position.local_theta": float(theta), "attention.qk_norm": True}
@@ -279,6 +302,8 @@ _SANDWICH = {
     f"{LAYER}post_feedforward_layernorm.weight": same("mlp_post_norm/scale"),
 }
 _GEMMA = {**DEFAULTS, "tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh", "head_dim": 256}
+
+_QWEN = {**DEFAULTS, "sliding_window": 4096}
 
 # --------------------------------------------------------------------------------------------- the table
 
@@ -297,23 +322,24 @@ FAMILIES = (
         _mixtral,
         _mixtral_keys,
         defaults={**DEFAULTS, "default_theta": 1e6, "rms_norm_eps": 1e-5},
+        spellings={"num_experts": "num_local_experts"},
         tensors={**OUTSIDE, **ATTENTION, **NORMS, **moe("block_sparse_moe", "w1", "w3", "w2")},
     ),
-    family("qwen2", "Qwen2ForCausalLM", lambda hf: _qwen(hf, **qkv_bias(True)), _qwen_keys),
+    family("qwen2", "Qwen2ForCausalLM", lambda hf: _qwen(hf, **qkv_bias(True)), _qwen_keys, defaults=_QWEN),
     family(
         "qwen3",
         "Qwen3ForCausalLM",
         lambda hf: _qwen(hf, **both_biases(hf), **{"attention.qk_norm": True}),
         lambda cfg: {**_qwen_keys(cfg), **both_biases_keys(cfg)},
         tensors={**TENSORS, **QK_NORM},
-        defaults={**DEFAULTS, "head_dim": 128},
+        defaults={**_QWEN, "head_dim": 128},
     ),
     family(
         "qwen2_moe",
         "Qwen2MoeForCausalLM",
         _qwen2_moe,
         _qwen2_moe_keys,
-        defaults={**DEFAULTS, "norm_topk_prob": False},
+        defaults={**_QWEN, "norm_topk_prob": False},
         tensors={
             **TENSORS,
             **EXPERTS,
@@ -327,14 +353,10 @@ FAMILIES = (
     family(
         "qwen3_moe",
         "Qwen3MoeForCausalLM",
-        lambda hf: _qwen(hf, **_sparse_layers(hf), **both_biases(hf), **{"attention.qk_norm": True}),
-        lambda cfg: {
-            **_qwen_keys(cfg),
-            **experts_keys(cfg),
-            **_sparse_keys(cfg),
-            **both_biases_keys(cfg),
-        },
-        defaults={**DEFAULTS, "norm_topk_prob": False, "head_dim": 128},
+        _qwen3_moe,
+        _qwen3_moe_keys,
+        defaults={**_QWEN, "norm_topk_prob": False},
+        spellings={"num_experts": "num_local_experts"},
         tensors={**TENSORS, **QK_NORM, **EXPERTS},
     ),
     family(

@@ -58,7 +58,7 @@ def _olmo_2(hf: HFConfig) -> Fields:
 
 def _olmoe(hf: HFConfig) -> Fields:
     experts = {
-        "moe.num_experts": hf.get("num_experts", hf.get("num_local_experts")),
+        "moe.num_experts": hf["num_experts"],
         "moe.top_k": hf["num_experts_per_tok"],
         "moe.normalize": hf["norm_topk_prob"],
     }
@@ -173,6 +173,7 @@ FAMILIES = (
         _olmoe,
         _olmoe_keys,
         defaults={**DEFAULTS, "rms_norm_eps": 1e-5, "norm_topk_prob": False},
+        spellings={"num_local_experts": "num_experts"},
         tensors={**TENSORS, **QK_NORM, **EXPERTS},
     ),
     family(

@@ -33,7 +33,7 @@ from jaxlm.hf.files import Source, open_folder, read_json, write_folder
 from jaxlm.hf.gguf_files import open_gguf
 from jaxlm.hf.mxfp4 import unpacked
 from jaxlm.hf.seq2seq import Seq2Seq
-from jaxlm.hf.transfer import read_params, tensors_of
+from jaxlm.hf.transfer import read_params, settled, tensors_of
 from jaxlm.model import heads, transformer
 from jaxlm.model.config import TransformerConfig
 from jaxlm.sharding import Layout, use
@@ -80,7 +80,7 @@ def load(
     """
     with open_checkpoint(path) as source:
         family = family_of(source.config)
-        config = dict(family.settle(source.config, source.shapes))
+        config = settled(family, source)
         cfg = dataclasses.replace(
             read_config(family, config), dtype=dtype, param_dtype=param_dtype or source.dtype
         )

@@ -143,6 +143,12 @@ def _t5_family(model_type: str, name: str, projection: str, *, scales: bool) -> 
             "relative_attention_num_buckets": 32,
             "relative_attention_max_distance": 128,
         },
+        spellings={
+            "hidden_size": "d_model",
+            "num_attention_heads": "num_heads",
+            "num_hidden_layers": "num_layers",
+            "head_dim": "d_kv",
+        },
         prefix="",
         bare=(f"{name}Model",),
         ignored=(r"EncDecAttention\.relative_attention_bias\.weight$",),
@@ -165,7 +171,17 @@ _KEYS = {
     "scale_embedding": "scale_embeddings",
     "tie_word_embeddings": "tie_embeddings",
 }
-_DEFAULTS = {"tie_word_embeddings": True, "activation_function": "gelu", "max_position_embeddings": 1024}
+_DEFAULTS = {
+    "tie_word_embeddings": True,
+    "activation_function": "gelu",
+    "max_position_embeddings": 1024,
+    "share_encoder_decoder_embeddings": True,
+}
+_SPELLINGS = {
+    "hidden_size": "d_model",
+    "num_attention_heads": "encoder_attention_heads",
+    "num_hidden_layers": "encoder_layers",
+}
 _TABLE = "model.shared.weight"
 
 
@@ -223,50 +239,69 @@ def _post(hf: HFConfig, *, embed_norm: bool) -> Fields:
     }
 
 
+_SHARES = "share_encoder_decoder_embeddings"  # Marian's field; here of all three
+
+
+def _split(hf: HFConfig, shapes: Mapping[str, Any]) -> HFConfig:
+    """Without ties the two stacks have tables of their own, if the files hold them, whatever is shared."""
+    own = all(any(name.endswith(copy) for name in shapes) for copy in _COPIES)
+    if hf.get("tie_word_embeddings", True) or not own or not hf.get(_SHARES, True):
+        return hf
+    return {**hf, _SHARES: False, "decoder_vocab_size": hf.get("vocab_size")}
+
+
+def _table_sizes(hf: HFConfig) -> Fields:
+    if hf[_SHARES]:
+        return {"vocab_size": hf["vocab_size"], "encoder.vocab_size": 0}
+    decoder = hf.get("decoder_vocab_size") or hf["vocab_size"]
+    return {"vocab_size": decoder, "encoder.vocab_size": hf["vocab_size"]}
+
+
+def _table_keys(cfg: TransformerConfig) -> dict[str, Any]:
+    encoder = cfg.encoder.vocab_size
+    sizes = {"vocab_size": encoder or cfg.vocab_size, "decoder_vocab_size": cfg.vocab_size}
+    return {**sizes, _SHARES: not encoder}
+
+
+def _tables(cfg: TransformerConfig) -> dict[str, Packing]:
+    if not cfg.encoder.vocab_size:
+        return {_TABLE: same("embed/table")}
+    encoder, decoder = (f"model.{name}" for name in _COPIES)
+    return {encoder: same("encoder/embed/table"), decoder: same("embed/table")}
+
+
+_UNUSED = r"^(model\.)?shared\.weight$"  # a table that both stacks would share, where each has its own
 _BART = Family(
     "bart",
     "BartForConditionalGeneration",
     {"vocab_size": "vocab_size", "max_position_embeddings": "position.max_length", **_KEYS},
     lambda hf: {
         **_post(hf, embed_norm=True),
+        **_table_sizes(hf),
         "position.kind": "learned",
         "position.offset": 2,
     },
-    _plain_keys,
-    {_TABLE: same("embed/table"), **_tensors()},
+    lambda cfg: {**_plain_keys(cfg), **_table_keys(cfg)},
+    _tensors(),
     defaults={**_DEFAULTS, "scale_embedding": False},
+    spellings=_SPELLINGS,
     tops=_tops("BartForConditionalGeneration", "BartModel"),
     aliases={_TABLE: tuple(f"model.{name}" for name in _COPIES)},
-    ignored=(r"\.version$",),
+    ignored=(_UNUSED,),
+    zeros=("final_logits_bias",),
+    alternatives=_tables,
+    settle=_split,
 )
 
 
 def _marian(hf: HFConfig) -> Fields:
     refuse(hf, static_position_embeddings=True)
-    shared = hf["share_encoder_decoder_embeddings"]
     return {
         **_post(hf, embed_norm=False),
         "position.kind": "sinusoidal",
         "position.sines": "halves",
-        "vocab_size": hf["vocab_size"] if shared else hf.get("decoder_vocab_size") or hf["vocab_size"],
-        "encoder.vocab_size": 0 if shared else hf["vocab_size"],
+        **_table_sizes(hf),
     }
-
-
-def _marian_keys(cfg: TransformerConfig) -> dict[str, Any]:
-    return {
-        **_plain_keys(cfg),
-        "vocab_size": cfg.encoder.vocab_size or cfg.vocab_size,
-        "decoder_vocab_size": cfg.vocab_size,
-        "share_encoder_decoder_embeddings": not cfg.encoder.vocab_size,
-    }
-
-
-def _marian_tables(cfg: TransformerConfig) -> dict[str, Packing]:
-    if not cfg.encoder.vocab_size:
-        return {_TABLE: same("embed/table")}
-    encoder, decoder = (f"model.{name}" for name in _COPIES)
-    return {encoder: same("encoder/embed/table"), decoder: same("embed/table")}
 
 
 _MARIAN = Family(
@@ -274,13 +309,16 @@ _MARIAN = Family(
     "MarianMTModel",
     _KEYS,
     _marian,
-    _marian_keys,
+    lambda cfg: {**_plain_keys(cfg), **_table_keys(cfg)},
     _tensors(),
-    defaults={**_DEFAULTS, "scale_embedding": False, "share_encoder_decoder_embeddings": True},
+    defaults={**_DEFAULTS, "scale_embedding": False},
+    spellings=_SPELLINGS,
     tops=_tops("MarianMTModel", "MarianModel"),
     aliases={_TABLE: tuple(f"model.{name}" for name in _COPIES)},
-    ignored=(r"embed_positions\.weight$",),
-    alternatives=_marian_tables,
+    ignored=(r"embed_positions\.weight$", _UNUSED),
+    zeros=("final_logits_bias",),
+    alternatives=_tables,
+    settle=_split,
 )
 
 
@@ -291,6 +329,7 @@ def _m2m(hf: HFConfig) -> Fields:
     )
     return {
         **_plain(hf),
+        **_table_sizes(hf),
         "position.kind": "sinusoidal",
         "position.sines": "inclusive",
         "position.offset": padding + 1,
@@ -302,12 +341,15 @@ _M2M = Family(
     "M2M100ForConditionalGeneration",
     {"vocab_size": "vocab_size", **_KEYS},
     _m2m,
-    lambda cfg: {**_plain_keys(cfg), "pad_token_id": cfg.position.offset - 1},
-    {_TABLE: same("embed/table"), **_tensors()},
+    lambda cfg: {**_plain_keys(cfg), **_table_keys(cfg), "pad_token_id": cfg.position.offset - 1},
+    _tensors(),
     defaults={**_DEFAULTS, "scale_embedding": True, "activation_function": "relu", "pad_token_id": 1},
+    spellings=_SPELLINGS,
     bare=("M2M100Model",),
     aliases={_TABLE: tuple(f"model.{name}" for name in _COPIES)},
-    ignored=(r"embed_positions\.weights?$", r"\.version$"),
+    ignored=(r"embed_positions\.weights?$", _UNUSED),
+    alternatives=_tables,
+    settle=_split,
 )
 
 

@@ -86,14 +86,15 @@ def encoder_tops(
     }
 
 
-def decoder_tops(architecture: str, token: str) -> dict[str, Top]:
+def decoder_tops(architecture: str, token: str, *, stem: str = "") -> dict[str, Top]:
     """The classes of a decoder, which speaks of a row by its last token.
 
     Args:
         architecture: its language model.
         token: the name of the layer with the classes of each token.
+        stem: how the names of the others begin; '' = as the language model's.
     """
-    name = architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+    name = stem or architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
     headless = {"tie_embeddings": True, "head_bias": False}
 
     def over(top: Top) -> Top:

@@ -2,15 +2,15 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.errors import UserError
-from jaxlm.hf.family import Family
+from jaxlm.errors import UserError, check
+from jaxlm.hf.family import Family, read_config
 from jaxlm.hf.files import Source
 from jaxlm.hf.packing import Packing
 from jaxlm.model import transformer
@@ -96,6 +96,37 @@ def _parts(
     return [None], shapes
 
 
+def settled(family: Family, source: Source) -> dict[str, Any]:
+    """config.json with what only the tensors tell: a head beside the table that differs from it is untied.
+
+    Source: `transformers`, which ties only what is equal or lacking, whatever `tie_word_embeddings` says.
+    """
+    hf = dict(family.settle(source.config, source.shapes))
+    cfg = read_config(family, hf)
+    if family.top.logits != "vocabulary" or not cfg.tie_embeddings:
+        return hf
+    rows = family.table(cfg)
+    table, head = ([n for n in _holding(rows, leaf) if n in source.shapes] for leaf in (_TABLE, _HEAD))
+    if table and head and not np.array_equal(source.read(table[0]), source.read(head[0])):
+        return {**hf, "tie_word_embeddings": False}
+    return hf
+
+
+_TABLE, _HEAD = "embed/table", "head/w"
+# Tensors that hold nothing learned, in files of any family: frequencies, counters, masks, a version.
+_BUFFERS = (
+    r"rotary_emb\.inv_freq$",
+    r"position_ids$",
+    r"\.(attn|attention|self_attention|self_attn)\.(masked_)?bias$",
+    r"\.version$",
+)
+
+
+def _holding(rows: Mapping[str, Packing], leaf: str) -> list[str]:
+    """The tensors that hold a leaf."""
+    return [name for name, packing in rows.items() if packing.leaves == (leaf,)]
+
+
 _TIED = r"(^|\.)(((generator_)?lm_head|embed_out|decoder|vocab_projector)\.weight|decoder\.bias)$"
 
 
@@ -108,23 +139,32 @@ def names_in(
         The names, and tensors of heads that other classes of the family have: they are left in the file.
 
     Raises:
-        UserError: the file's tensors are not these; the message lists missing, surplus and misshapen ones.
+        UserError: the file's tensors are not these; the message lists missing, surplus and misshapen ones,
+            or names two that differ where the model has one.
     """
     bare = not any(name.startswith(family.prefix) for name in source.shapes)
     in_file = lambda name: name.removeprefix(family.prefix) if bare else name  # noqa: E731
     names, copies = {}, set()
-    for name in entries:
+    tied = not any(entry.packing.leaves == (_HEAD,) for entry in entries.values())
+    for name, entry in entries.items():
         others = [in_file(other) for other in family.aliases.get(name, ())]
         found = [other for other in (in_file(name), *others) if other in source.shapes]
+        for other in found[1:]:
+            same = np.array_equal(source.read(found[0]), source.read(other))
+            check(same, f"{source.path}: {found[0]} and {other} differ, and the config makes them one")
+        if not found and tied and entry.packing.leaves == (_TABLE,):  # files may hold the head alone
+            rows = {**family.tensors, **family.top.tensors}
+            found = [head for head in _holding(rows, _HEAD) if head in source.shapes]
         names[name] = found[0] if found else in_file(name)
         copies |= set(others)
     known = set(names.values())
-    ignored = [re.compile(pattern) for pattern in family.ignored]
+    ignored = [re.compile(pattern) for pattern in (*_BUFFERS, *family.ignored)]
     # What another class of the family puts on top: files of a base model often hold what it was trained with.
     heads = {in_file(name) for top in family.tops.values() for name in top.tensors}
     # A tied head is the table, whether or not the file holds it once more.
     spare = copies | {name for name in source.shapes if re.search(_TIED, name)}
-    missing = [name for name in names.values() if name not in source.shapes]
+    zeros = {names[name] for name in family.zeros if name in names}
+    missing = [name for name in names.values() if name not in source.shapes and name not in zeros]
     surplus = [
         name
         for name in source.shapes
@@ -137,7 +177,14 @@ def names_in(
         if name in source.shapes and source.shapes[name] != entries[ours].shape
     ]
     lines = []
-    for title, found in (("missing", missing), ("surplus", surplus), ("misshapen", wrong)):
+    odd = [f"{name} is {source.odd[name]}" for name in names.values() if name in source.odd]
+    faults = (
+        ("missing", missing),
+        ("surplus", surplus),
+        ("misshapen", wrong),
+        ("of a type that is not read", odd),
+    )
+    for title, found in faults:
         if found:
             lines += [f"{len(found)} {title}:", *[f"  {line}" for line in found[:20]]]
             lines += [f"  ... and {len(found) - 20} more"] if len(found) > 20 else []
@@ -178,7 +225,8 @@ def read_params(
     def one_layer(path: str, layer: int | None) -> np.ndarray:
         pieces = []
         for name, entry, k in holders[path][layer]:
-            tensor = source.read(names[name])
+            there = names[name] in source.shapes
+            tensor = source.read(names[name]) if there else np.zeros(entry.shape, cfg.param_dtype)
             pieces.append(entry.packing.read(cfg, tensor, entry.shapes)[k])
         if holders[path][layer][0][1].slots[0].part is None:
             return pieces[0]

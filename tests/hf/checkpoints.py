@@ -376,6 +376,7 @@ SEQ2SEQ: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mt5-untied": ("mt5", "MT5ForConditionalGeneration", T5 | dict(feed_forward_proj="gated-gelu")),
     "bart": ("bart", "BartForConditionalGeneration", BART | dict(forced_bos_token_id=0)),
     "bart-bare": ("bart", "BartModel", BART | dict(scale_embedding=True)),
+    "bart-untied": ("bart", "BartForConditionalGeneration", BART | dict(tie_word_embeddings=False)),
     "marian": ("marian", "MarianMTModel", MARIAN),
     "marian-split": (
         "marian",
