@@ -250,6 +250,11 @@ def _make_pair(cfg: DataConfig, ids: pieces.Specials) -> Callable[[np.ndarray, n
     return pair
 
 
+def _silent(example: Example) -> Example:
+    """What no loss is taken of: a row with the EOS of a text that ended with the row before."""
+    return {**example, "weights": np.zeros_like(example["weights"])}
+
+
 def _spans(cfg: DataConfig, tokenizer: Tokenizer, ids: pieces.Specials) -> Built:
     rate, mean, bos = cfg.noise.rate, cfg.noise.mean_span, int(cfg.with_bos)
     check(
@@ -268,6 +273,8 @@ def _spans(cfg: DataConfig, tokenizer: Tokenizer, ids: pieces.Specials) -> Built
 
     def example(source: Source, row: int, rng: np.random.Generator) -> Example:
         text = source.text(row, ids.eos)
+        if not len(text):
+            return _silent(pair(text, text))
         hidden = spans.noise_mask(len(text), rng, rate, mean) if len(text) > 1 else np.zeros(len(text), bool)
         return pair(*spans.corrupt(text, hidden, sentinel))
 
@@ -283,7 +290,7 @@ def _denoise(cfg: DataConfig, tokenizer: Tokenizer, ids: pieces.Specials) -> Bui
     def example(source: Source, row: int, rng: np.random.Generator) -> Example:
         text = noisy = source.text(row, ids.eos)
         if not len(text):
-            return pair(text, text)
+            return _silent(pair(text, text))
         if options.permute:
             noisy = noise.permute(noisy, pieces.of_tokens(ends_V, noisy), rng)
         if options.delete:
@@ -392,8 +399,9 @@ def make_source(
         )
         length = cfg.seq_len if form is None else form.raw_len
         plan = packing.make_plan(store, cfg.packing, length, seed, limit)
-        alone = cfg.format == "nsp" and store.num_documents < 2
-        check(not alone, f"{glob} holds one document; data.format='nsp' draws from another one")
+        alone = cfg.format == "nsp" and isinstance(plan, PadPlan) and plan.num_documents < 2
+        where = f"the first {limit} tokens of {glob} are of" if limit else f"{glob} holds"
+        check(not alone, f"{where} one document; data.format='nsp' draws from another one")
         return Source(glob, share, store, plan)
     plan = pairs.make_pair_plan(store, cfg.keys, glob, limit)
     sizes_R2 = plan.sizes() - 1

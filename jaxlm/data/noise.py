@@ -33,13 +33,20 @@ def delete(tokens_T: Int[np.ndarray, "T"], rate: float, rng: np.random.Generator
 
 
 def span_sizes(hidden: int, mean: float, rng: np.random.Generator) -> Int[np.ndarray, "N"]:
-    """Poisson sizes that sum to `hidden`: the last is cut; those of 0 put a mask where nothing is hidden."""
+    """Poisson sizes that sum to `hidden`: the last is cut; those of 0 put a mask where nothing is hidden.
+
+    Of these as many are left out as would make the text longer than it was.
+
+    >>> span_sizes(4, 0.1, np.random.default_rng(0)).tolist()
+    [1, 1, 0, 2]
+    """
     sizes: list[int] = []
     left = hidden
     while left > 0:
         sizes.append(min(int(rng.poisson(mean)), left))
         left -= sizes[-1]
-    return np.array(sizes, np.int64)
+    surplus = max(len(sizes) - hidden, 0)
+    return np.delete(np.array(sizes, np.int64), np.flatnonzero(np.equal(sizes, 0))[:surplus])
 
 
 def infill(

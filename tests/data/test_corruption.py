@@ -114,6 +114,13 @@ def test_infilling_hides_the_share_in_poisson_spans():
     np.testing.assert_allclose(counts, poisson, atol=0.015)
 
 
+def test_a_text_with_its_masks_is_no_longer_than_before():
+    tokens = np.arange(1, 21)
+    drawn = [noise.infill(tokens, 0.5, 0.2, 0, draws(seed)) for seed in range(200)]
+    assert max(map(len, drawn)) == 20  # where most sizes that are drawn are 0
+    assert all((noisy > 0).sum() == 10 for noisy in drawn)
+
+
 def test_a_span_stands_anywhere():
     first = [
         np.flatnonzero(noise.infill(np.arange(1, 7), 0.2, 50.0, 0, draws(s)) == 0)[0] for s in range(600)

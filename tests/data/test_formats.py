@@ -245,6 +245,11 @@ def test_random_next_sentences_are_of_another_document(tmp_path: Path):
     assert len(seen) == 9
 
 
+def test_an_evaluation_inside_one_document_has_no_other_to_draw_from(folder: Path):
+    with pytest.raises(UserError, match=r"the first 2 tokens of .* are of one document"):
+        dataset(config("nsp", folder, eval_tokens=2), "eval")
+
+
 def test_prefixes(folder: Path):
     cfg = config("prefix_lm", folder)
     plain = make_dataset(dataclasses.replace(cfg, format="lm"), TOKENIZER)
@@ -279,6 +284,19 @@ def test_denoising_targets_are_the_text(folder: Path):
         inputs = batch["inputs"][r][batch["input_segments"][r] > 0]
         assert inputs[0] == inputs[-1] == 0
         assert len(targets) < 4 or (inputs == VOCAB - 1).sum() > 0
+
+
+@pytest.mark.parametrize("name", ["span_corruption", "denoise"])
+def test_a_row_of_a_last_eos_is_no_example(tmp_path: Path, name: str):
+    """A text that fills its row leaves its EOS to the next, from which there is nothing to learn."""
+    cfg = config(name, tmp_path, packing="pad")
+    (tmp_path / "documents.jsonl").write_text(json.dumps({"text": "x"}) + "\n")
+    room = dataset(cfg).format.raw_len
+    texts = ["x" * room, "y" * (room - 1)]
+    (tmp_path / "documents.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    data = dataset(dataclasses.replace(cfg, cache_dir=str(tmp_path / "again")))
+    weights = [data.batch([(0, row, 0)])["weights"].sum() for row in range(data.num_rows)]
+    assert [w > 0 for w in weights] == [True, False, True]
 
 
 def pairs_of(batch: Batch) -> list[tuple[str, str]]:
