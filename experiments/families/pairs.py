@@ -140,6 +140,7 @@ def get_config(arg: str = "t5_small") -> ConfigDict:
         stdlib = os.path.dirname(os.__file__)
         dates = pathlib.Path(__file__).parents[1] / "objectives" / "dates.tsv"
         data.tokenizer, data.batch_size = "byte", 16
+        data.with_bos = False  # bytes have one token for beginning and end
         data.seq_len, data.input_len = (12, 32) if data.format == "seq2seq" else (shape.seq_len // 8, 64)
         if data.format == "seq2seq":
             data.train = data.eval = str(dates)

@@ -130,7 +130,10 @@ def taken(
     column_B = jnp.argmax(real_BT, axis=1)
     if of == "last":
         column_B = real_BT.shape[1] - 1 - jnp.argmax(real_BT[:, ::-1], axis=1)
-    return jnp.take_along_axis(hidden_BTD, column_B[:, None, None], axis=1)
+    # Not a gather: where a mesh splits the columns and a device has one row, jaxlib 0.10.2 gets its gradient,
+    # a scatter, wrong inside a scan over microbatches. All terms of the sum but one are zero.
+    chosen_BT = jnp.arange(real_BT.shape[1]) == column_B[:, None]
+    return jnp.sum(jnp.where(chosen_BT[:, :, None], hidden_BTD, 0), axis=1, keepdims=True)
 
 
 def pool(
