@@ -158,7 +158,7 @@ class Pretrained:
             f"{self.family.architecture} has no head: use hidden_states, mean_pooled or last_pooled",
         )
         with use(self.layout):
-            return np.asarray(self._logits(self.params, *_inputs(*inputs)))
+            return np.array(self._logits(self.params, *_inputs(*inputs)))
 
     def class_logits(
         self,
@@ -218,7 +218,7 @@ class Pretrained:
             states = self._states(
                 self.params, *_inputs(input_ids, attention_mask, position_ids, token_type_ids)
             )
-        return tuple(np.asarray(x) for x in states)
+        return tuple(np.array(x) for x in states)
 
     def pooled(
         self, input_ids: Ids, attention_mask: Ids | None = None, token_type_ids: Ids | None = None
@@ -227,7 +227,7 @@ class Pretrained:
         check(bool(self.cfg.readout.dense), f"{self.family.architecture} has no pooler")
         with use(self.layout):
             inputs = _inputs(input_ids, attention_mask, None, token_type_ids)
-            return np.asarray(self._pooled(self.params, *inputs))[:, 0]
+            return np.array(self._pooled(self.params, *inputs))[:, 0]
 
     def mean_pooled(
         self, input_ids: Ids, attention_mask: Ids | None = None, token_type_ids: Ids | None = None
@@ -244,7 +244,7 @@ class Pretrained:
     def _taken(self, of: str, ids: Ids, mask: Ids | None, types: Ids | None) -> np.ndarray:
         last_BTD = self.hidden_states(ids, mask, None, types)[-1]
         segments_BT = None if mask is None else jnp.asarray(mask)
-        return np.asarray(heads.taken(of, jnp.asarray(last_BTD), segments_BT))[:, 0]
+        return np.array(heads.taken(of, jnp.asarray(last_BTD), segments_BT))[:, 0]
 
     def generate(
         self,
@@ -309,7 +309,7 @@ class Pretrained:
 
     def _class_logits(self, *inputs: Any) -> np.ndarray:
         with use(self.layout):
-            logits = np.asarray(self._classes(self.params, *_inputs(*inputs)))
+            logits = np.array(self._classes(self.params, *_inputs(*inputs)))
         return logits[..., 0] if self.family.top.flat else logits
 
     @functools.cached_property

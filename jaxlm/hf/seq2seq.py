@@ -55,7 +55,7 @@ class Seq2Seq:
         check(named not in self.family.bare, f"{named} has no head: use hidden_states")
         given = self._given(input_ids, attention_mask, decoder_input_ids, decoder_attention_mask)
         with use(self.layout):
-            return np.asarray(self._logits(self.params, *given))
+            return np.array(self._logits(self.params, *given))
 
     def hidden_states(
         self,
@@ -70,7 +70,7 @@ class Seq2Seq:
         """
         given = self._given(input_ids, attention_mask, decoder_input_ids, decoder_attention_mask)
         with use(self.layout):
-            return tuple(np.asarray(x) for x in self._states(self.params, *given))
+            return tuple(np.array(x) for x in self._states(self.params, *given))
 
     def encoder_hidden_states(
         self, input_ids: Ids, attention_mask: Ids | None = None
@@ -78,7 +78,7 @@ class Seq2Seq:
         """The same of the encoder; its `[-1]` is what the decoder attends to."""
         ids, mask = masked(input_ids, attention_mask)
         with use(self.layout):
-            return tuple(np.asarray(x) for x in self._encoder_states(self.params, ids, mask))
+            return tuple(np.array(x) for x in self._encoder_states(self.params, ids, mask))
 
     def generate(
         self,
