@@ -337,8 +337,9 @@ def test_a_preset_is_applied_and_printed_as_overrides_and_json_is_json_alone(run
     assert build(json.loads(out)).model.remat == "full"
 
 
-def test_a_mesh_left_to_the_command_is_resolved(run):
-    code, out, _ = run("config", SMOKE, "--config.mesh=auto")
+@pytest.mark.parametrize("words", [("--config.mesh=auto",), ("--config.mesh", "auto")])
+def test_a_mesh_left_to_the_command_is_resolved(run, words):
+    code, out, _ = run("config", SMOKE, *words)
     assert code == 0
     assert "mesh.auto = False" in out
     assert "mesh data=8; " in out

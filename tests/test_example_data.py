@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxlm.config import load_experiment
 from jaxlm.errors import UserError
 
 TOOLS = Path(__file__).parents[1] / "tools"
@@ -87,6 +88,8 @@ def test_every_word_of_a_function_is_tagged_with_what_it_is():
     function = ast.parse(ast.unparse(ast.parse(source).body[0].body[0])).body[0]
     words = roles.tagged(function, ast.unparse(function))
     assert {tag for _, tag in words} == set(roles.TAGS)
+    experiment = load_experiment(str(TOOLS.parent / "experiments" / "objectives" / "roles.py"))
+    assert tuple(experiment.data.classes) == roles.TAGS
     of = {}
     for word, tag in words:
         of.setdefault(word, []).append(tag)
