@@ -363,5 +363,5 @@ def test_a_gpu_step_is_compiled_without_one(tmp_path):
     assert facts.memory.temporaries > 0
     assert {"all-gather", "reduce-scatter"} <= {row.kind for row in facts.collectives}
     attention = {name: runs for name, runs in facts.kernels.items() if name.startswith("__cudnn")}
-    # Three layers, forward twice by remat.
-    assert attention == {"__cudnn$fmhaSoftmax": 6, "__cudnn$fmhaSoftmaxBackward": 3}
+    # Three layers, forward twice by remat; segments go in as a bias.
+    assert attention == {"__cudnn$fmhaScaleBiasSoftmax": 6, "__cudnn$fmhaScaleBiasSoftmaxBackward": 3}
