@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from jaxlm.errors import UserError, check, check_choice
+from jaxlm.layerwise import by_layer
 from jaxlm.master_weights import keep_master, round_at_random
 from jaxlm.transforms import (
     VECTORS,
@@ -40,7 +41,10 @@ OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "sgd")
 SCHEDULES = ("constant", "cosine", "linear", "wsd", "inverse_sqrt")
 WARMUP_UNITS = ("steps", "tokens", "fraction")
 COOLDOWNS = ("1-sqrt", "linear")
-LOW_PRECISION = {"master": keep_master, "stochastic": round_at_random}
+LOW_PRECISION = {
+    "master": lambda chain: by_layer(keep_master(chain)),
+    "stochastic": lambda chain: round_at_random(by_layer(chain)),  # random numbers of whole leaves
+}
 NUMBERS = ("weight_decay", "b2")  # of OptimConfig, that may be traced
 
 Schedule = Callable[[Any], Float[Array, ""]]

@@ -6,7 +6,7 @@ path and the parameter's rank, each dimension equal to the parameter's or 1: lay
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -51,6 +51,17 @@ def matrix_axes(name: str, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...]]
     if leaf == "wo":
         return (-3, -2), (-1,)
     return (-2,), (-1,)
+
+
+def owner_of(name: str, params: Collection[str]) -> str | None:
+    """The parameter to which a leaf of the optimizer's state belongs: that whose name ends its own, if any.
+
+    >>> owner_of("inner/0/mu/head/w", {"head/w", "embed/w"})
+    'head/w'
+    """
+    parts = name.split("/")
+    ends = ("/".join(parts[start:]) for start in range(len(parts)))
+    return next((end for end in ends if end in params), None)
 
 
 def is_router_bias(name: str, leaf: Any) -> bool:

@@ -163,16 +163,19 @@ def way(stored: PartitionSpec, used: PartitionSpec) -> list[PartitionSpec]:
     return [*steps, used]
 
 
+def in_host(x: Array) -> bool:
+    """Whether `x`, which may be traced, is kept in the host's memory."""
+    return jax.typeof(x).memory_space == jax.memory.Space.Host
+
+
 def on_device(x: Array) -> Array:
     """`x`, fetched if it is in the host's memory; its gradient goes back there."""
-    host = jax.typeof(x).memory_space == jax.memory.Space.Host
-    return jax.device_put(x, jax.memory.Space.Device) if host else x
+    return jax.device_put(x, jax.memory.Space.Device) if in_host(x) else x
 
 
 def beside(x: Array, other: Array) -> Array:
     """`x`, which is on the device, moved to the memory in which `other` is kept."""
-    host = jax.typeof(other).memory_space == jax.memory.Space.Host
-    return jax.device_put(x, jax.memory.Space.Host) if host else x
+    return jax.device_put(x, jax.memory.Space.Host) if in_host(other) else x
 
 
 def lay_out(

@@ -22,6 +22,7 @@ L0 = {
     "sharding",
     "stack",
     "transforms",
+    "layerwise",
     "mesh_rules",
     "pipeline",
     "distributed",

@@ -17,7 +17,7 @@ from jaxtyping import Array, Int, UInt32
 
 from jaxlm.errors import UserError
 from jaxlm.sharding import HOST, Layout, tree_shardings
-from jaxlm.transforms import stacked
+from jaxlm.transforms import owner_of, stacked
 from jaxlm.tree import map_named, named_leaves, partition
 
 Params = Any
@@ -93,13 +93,10 @@ def follow_params(tree: Any, params: Params, shardings: Any, mesh: Any) -> Any:
     shapes = {name: tuple(leaf.shape) for name, leaf in named_leaves(params)}
 
     def one(name: str, leaf: Any) -> NamedSharding:
-        parts = name.split("/")
-        for start in range(len(parts)):
-            owner = "/".join(parts[start:])
-            if owner in shapes:
-                spec = _matching_spec(tuple(leaf.shape), shapes[owner], layouts[owner])
-                return NamedSharding(mesh, spec)
-        return NamedSharding(mesh, PartitionSpec())
+        owner = owner_of(name, shapes)
+        if owner is None:
+            return NamedSharding(mesh, PartitionSpec())
+        return NamedSharding(mesh, _matching_spec(tuple(leaf.shape), shapes[owner], layouts[owner]))
 
     return map_named(one, tree)
 
@@ -118,9 +115,10 @@ def state_shardings(layout: Layout, state: TrainState, table: Axes) -> TrainStat
     params = tree_shardings(layout, state.params, table)
     whole = NamedSharding(layout.mesh, PartitionSpec())
     opt_state = follow_params(state.opt_state, state.params, params, layout.mesh)
-    if layout.offload != "none":  # numbers of a few bytes stay
-        opt_state = jax.tree.map(
-            lambda s, x: s.with_memory_kind(HOST) if x.ndim else s, opt_state, state.opt_state
+    if layout.offload != "none":  # counts, rates and the like stay
+        names = {name for name, _ in named_leaves(state.params)}
+        opt_state = map_named(
+            lambda name, s: s.with_memory_kind(HOST) if owner_of(name, names) else s, opt_state
         )
     if layout.offload == "all":
         params = map_named(lambda name, s: s.with_memory_kind(HOST) if stacked(name) else s, params)

@@ -19,7 +19,7 @@ from jaxlm.optim import grad_norm, learning_rate, nonfinite_counts
 from jaxlm.sharding import HOST, constrain
 from jaxlm.train.state import Params, TrainState
 from jaxlm.tree import combine, named_leaves
-from jaxlm.weights import beside, on_device
+from jaxlm.weights import beside, in_host, on_device
 
 Batch = Any  # dict of arrays whose first dimension is the row
 Pairs = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
@@ -115,7 +115,7 @@ def on_chip(shardings: Any) -> Any:
 
 def to_host(x: jax.Array, sharding: Any) -> jax.Array:
     """`x` in the host's memory if that is where it is kept."""
-    return jax.device_put(x, sharding) if sharding.memory_kind == HOST else x
+    return jax.device_put(x, sharding) if sharding.memory_kind == HOST and not in_host(x) else x
 
 
 def make_step(
@@ -166,8 +166,8 @@ def make_step(
             divisor = jnp.where(weight > 0, weight, 1.0)
             grads = jax.tree.map(lambda g: jnp.where(weight > 0, g / divisor, jnp.zeros_like(g)), grads)
         with jax.named_scope("optimizer"):
-            params, opt_state = jax.tree.map(on_device, (state.params, state.opt_state))
-            updates, opt_state = optimizer.update(grads, opt_state, params)
+            params = jax.tree.map(on_device, state.params)
+            updates, opt_state = optimizer.update(grads, state.opt_state, params)
             after = state.next(optax.apply_updates(params, updates), opt_state)
             if shardings is not None:
                 after = jax.tree.map(to_host, after, shardings)
