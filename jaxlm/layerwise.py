@@ -1,9 +1,9 @@
 """The optimizer's update with its state in the host's memory: fetched and sent back one layer at a time.
 
-A compiler that is given the whole update fetches all of the state, and then what lies in the host's memory has
-saved nothing on the device. A loop over the layers leaves it no choice: an iteration slices one layer's state
-out of the host's buffers, fetches it, updates it and writes it back in place. Leaves that are not stacked over
-layers (embedding, head) follow one after another.
+A compiler that is given the whole update fetches all of the state, and then what lies in the host's memory
+has saved nothing on the device. A loop over the layers leaves it no choice: an iteration slices one layer's
+state out of the host's buffers, fetches it, updates it and writes it back in place. Leaves that are not
+stacked over layers (embedding, head) follow one after another.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,9 +25,9 @@ def by_layer(inner: Transform) -> Transform:
     """`inner`, run on one part of the parameters after the other if its state lies in the host's memory.
 
     Parts are the layers of leaves that are stacked over layers, and every other leaf by itself. `inner` must
-    treat matrices, vectors and layers each for themselves, and find out what a leaf is from its name and rank: a
-    layer is given to it as a stack of one. What its state has beside leaves that belong to parameters (counts,
-    the learning rate) must depend on nothing but the number of updates.
+    treat layers and matrices each for themselves, and find out what a leaf is from its name and rank: it gets
+    a layer as a stack of one. What its state has beside leaves that belong to parameters (counts, the
+    learning rate) must depend on nothing but the number of updates.
 
     Gradients are float32, as updates take their place.
     """
