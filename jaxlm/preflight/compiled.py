@@ -226,13 +226,15 @@ def _largest_replicated(params: Any) -> tuple[str, int]:
 
 def _memory(compiled: Any) -> DeviceMemory:
     m = compiled.memory_analysis()
+    # The compiler's peak is of both memories taken together; arguments in the host's are alive all the time.
+    peak = max(0, getattr(m, "peak_memory_in_bytes", 0) - m.host_argument_size_in_bytes)
     return DeviceMemory(
         arguments=m.argument_size_in_bytes,
         outputs=m.output_size_in_bytes,
         aliased=m.alias_size_in_bytes,
         temporaries=m.temp_size_in_bytes,
         code=m.generated_code_size_in_bytes,
-        peak=getattr(m, "peak_memory_in_bytes", 0),
+        peak=peak,
     )
 
 

@@ -17,7 +17,8 @@ from jaxlm.model.config import encoder_of
 from jaxlm.model.layers import ACTIVATIONS
 from jaxlm.model.transformer import AXES, TransformerConfig, abstract_params, init_cache
 from jaxlm.scaling.working_set import head_bytes, layer_bytes, mlp_width, score_keys
-from jaxlm.sharding import RULES, Layout, tree_shardings
+from jaxlm.sharding import HOST, RULES, Layout, tree_shardings
+from jaxlm.transforms import stacked
 from jaxlm.tree import named_leaves, nbytes
 
 Axes = Mapping[str, tuple[str | None, ...]]
@@ -38,8 +39,9 @@ class Memory:
     head_grad: int  # gradient of the unembedding, whole
     logits: int
     head: int  # what else the loss needs: the gathered unembedding, hidden states
-    update: int
+    update: int  # what the update holds beside state and gradient
     kv_cache: int
+    host: int = 0  # of the state, in the host's memory (`mesh.offload`): in no other number here
 
     @property
     def state(self) -> int:
@@ -71,8 +73,9 @@ def memory(
 ) -> Memory:
     """Estimated bytes per device.
 
-    Parameters, gradients, optimizer state and cache are exact sums over leaves. Activations are those kept
-    for the backward pass, in bytes per layer and token:
+    Parameters, gradients, optimizer state and cache are exact sums over leaves; what `mesh.offload` keeps in
+    the host's memory stands apart. Activations are those kept for the backward pass, in bytes per layer and
+    token:
 
         none     s (d D / r + (2 N + 2 K) H / t + a F / t + 2 k D) + 12 n D / r + 8 S N / t
         minimal  s (e D / r + (N + 2 K) H / t + m F / t + k D)
@@ -93,14 +96,14 @@ def memory(
         seq_len: T; also the length of the cache.
         layout: mesh and rules; None = one device.
         opt_state: abstract optimizer state; its leaves' shardings are read if they have any. None: two fp32
-            copies of the parameters (Adam).
+            copies of the parameters (Adam), where the layout keeps them.
         microbatches: M; with more than one the gradient is summed in fp32.
         logit_tokens: tokens whose logits a device holds at once (the loss's chunk); 0 = all of a microbatch.
         input_len: S, inputs of a row, of a model with an encoder; 0 = as many as tokens.
     """
     params = _abstract_params(dataclasses.replace(cfg, remat="none"))
     split = leaf_sizes(params, AXES, layout)
-    state = state_bytes(split, opt_state=opt_state, microbatches=microbatches)
+    state = state_bytes(params, split, layout=layout, opt_state=opt_state, microbatches=microbatches)
     shards = {axis: 1 if layout is None else layout.shards(axis) for axis in RULES}
     rows = math.ceil(batch_size / (microbatches * shards["batch"]))
     tokens = rows * math.ceil(seq_len / shards["length"])
@@ -158,19 +161,49 @@ def leaf_sizes(params: Any, axes: Axes, layout: Layout | None) -> list[tuple[int
     return _sizes(params, None if layout is None else tree_shardings(layout, params, axes))
 
 
-def state_bytes(split: Sequence[tuple[int, int]], *, opt_state: Any, microbatches: int) -> dict[str, int]:
-    """The fields of `Memory` that follow from the leaves alone: params, grads, opt_state and update.
+def state_bytes(
+    params: Any,
+    split: Sequence[tuple[int, int]],
+    *,
+    layout: Layout | None,
+    opt_state: Any,
+    microbatches: int,
+) -> dict[str, int]:
+    """The fields of `Memory` that follow from the leaves alone: params, grads, opt_state, update and host.
+
+    With the optimizer's state in the host's memory the update holds that of one layer, or of one leaf outside
+    the stack, old and new; its result takes the gradient's place. Layers kept there too are fetched for it.
 
     Args:
+        params: abstract parameters.
         split: of the parameters, as `leaf_sizes` gives it.
-        opt_state, microbatches: as for `memory`.
+        layout, opt_state, microbatches: as for `memory`.
     """
-    elements, held = sum(n for n, _ in split), sum(n * itemsize for n, itemsize in split)
-    optimizer = 8 * elements
-    if opt_state is not None:
-        optimizer = sum(n * itemsize for n, itemsize in _sizes(opt_state, None))
+    offload = "none" if layout is None else layout.offload
+    leaves = [
+        (name, leaf.shape, *size) for (name, leaf), size in zip(named_leaves(params), split, strict=True)
+    ]
+    elements, held = sum(n for _, _, n, _ in leaves), sum(n * itemsize for _, _, n, itemsize in leaves)
+    stages = 1 if layout is None else layout.shards("layers")
+    layers = sum(n * itemsize for name, _, n, itemsize in leaves if offload == "all" and stacked(name))
+    if opt_state is None:
+        here, there = (8 * elements, 0) if offload == "none" else (0, 8 * elements)
+    else:
+        pairs = list(zip(jax.tree.leaves(opt_state), _sizes(opt_state, None), strict=True))
+        there = sum(n * itemsize for leaf, (n, itemsize) in pairs if _in_host(leaf))
+        here = sum(n * itemsize for _, (n, itemsize) in pairs) - there
+    largest = max(
+        sum(n * stages // shape[0] for name, shape, n, _ in leaves if stacked(name)),
+        max((n for name, _, n, _ in leaves if not stacked(name)), default=0),
+    )
+    update = layers + 2 * there * largest // elements if there else 4 * elements
     grads = held + (4 * elements if microbatches > 1 else 0)
-    return dict(params=held, grads=grads, opt_state=optimizer, update=4 * elements)
+    return dict(params=held - layers, grads=grads, opt_state=here, update=update, host=there + layers)
+
+
+def _in_host(leaf: Any) -> bool:
+    sharding = getattr(leaf, "sharding", None)
+    return sharding is not None and sharding.memory_kind == HOST
 
 
 def _sizes(tree: Any, shardings: Any) -> list[tuple[int, int]]:

@@ -33,8 +33,8 @@ def memory(
     """
     params = lstm.abstract_params(dataclasses.replace(cfg, remat="none"))
     split = leaf_sizes(params, lstm.AXES, layout)
-    state = state_bytes(split, opt_state=opt_state, microbatches=microbatches)
-    elements = state["update"] // 4
+    state = state_bytes(params, split, layout=layout, opt_state=opt_state, microbatches=microbatches)
+    elements = sum(n for n, _ in split)
     ways = 1 if layout is None else layout.shards("batch")
     rows, own_rows = math.ceil(batch_size / (microbatches * ways)), math.ceil(batch_size / ways)
     s, a = (np.dtype(dtype).itemsize for dtype in (cfg.dtype, cfg.accum_dtype))

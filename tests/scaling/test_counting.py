@@ -30,6 +30,7 @@ from jaxlm.scaling.counting import (
 from jaxlm.scaling.memory import memory
 from jaxlm.sharding import Layout, MeshConfig, describe, make_layout, make_mesh
 from jaxlm.train.state import abstract_state
+from jaxlm.transforms import stacked
 from jaxlm.tree import named_leaves, nbytes, size
 
 GPT2 = TransformerConfig(
@@ -423,6 +424,25 @@ def test_memory_of_a_sharded_step():
     state, _ = abstract_state(lambda key: init(cfg, key), optimizer, layout=layout, table=AXES)
     exact = memory(cfg, batch_size=16, seq_len=64, layout=layout, opt_state=state.opt_state).opt_state
     assert 2 * per_device <= exact < 2 * per_device + 1000  # Adam's two moments, and a few counters
+
+
+def test_what_is_in_the_hosts_memory_is_counted_apart():
+    optimizer = make_optimizer(OptimConfig(), lambda step: 1e-3)
+    plain = memory(SMALL, batch_size=16, seq_len=64)
+    leaves = dict(named_leaves(abstract_params(SMALL)))
+    blocks = sum(nbytes(leaf) for name, leaf in leaves.items() if stacked(name))
+    largest = blocks // SMALL.num_layers
+    assert largest > nbytes(leaves["embed/table"])
+    for offload, layers in (("optimizer", 0), ("all", blocks)):
+        layout = make_layout(MeshConfig(data=1, offload=offload))
+        state, _ = abstract_state(lambda key: init(SMALL, key), optimizer, layout=layout, table=AXES)
+        guess = memory(SMALL, batch_size=16, seq_len=64, layout=layout)
+        exact = memory(SMALL, batch_size=16, seq_len=64, layout=layout, opt_state=state.opt_state)
+        assert guess.opt_state == 0 < exact.opt_state < 100  # counts stay
+        assert guess.host == exact.host == plain.opt_state + layers
+        assert exact.params == plain.params - layers
+        assert guess.update == exact.update == layers + 4 * largest  # two moments of a layer, old and new
+        assert exact.total < plain.total - plain.opt_state // 2
 
 
 def test_memory_of_the_cache_and_of_chunked_logits():
