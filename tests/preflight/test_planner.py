@@ -185,6 +185,7 @@ def facts(cfg, hardware):
         shortage=None if fits else Shortage(2e11, 1e11, "RESOURCE_EXHAUSTED"),
         collectives=(row,) if fits else None,
         unreadable="",
+        kernels={},
         cycles=0.0,
         unknown_loops=0,
         replicated=(),
