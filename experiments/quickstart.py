@@ -42,7 +42,7 @@ def get_config(size: str = "full") -> ConfigDict:
     data.seq_len = 256
     data.batch_size = 16
 
-    # An epoch and a half: what counts is progress per token, and Muon makes the most.
+    # Little more than an epoch: what counts is progress per token, and Muon makes the most.
     config.optim.name = "muon"
     config.optim.lr = 1e-2
     config.optim.schedule, config.optim.final = "linear", 0.0
@@ -50,9 +50,8 @@ def get_config(size: str = "full") -> ConfigDict:
 
     config.sample.temperature = 0.8
     train = config.train
-    train.num_steps = 640
-    train.eval_every = 160
-    train.sample_every = train.save_every = 320
+    train.num_steps = 500
+    train.eval_every = train.sample_every = train.save_every = 250
     train.sample_prompts = ("FALSTAFF.", "To be, or")
 
     if size == "smoke":

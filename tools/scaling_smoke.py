@@ -69,7 +69,7 @@ def main() -> None:
 
     run("python", "tools/corpus.py", "--source=library", "--out=data/library", quiet=True)
     run("jaxlm", "plan", f"--config={EXPERIMENT}:tune", here, "--name=tune")
-    run("jaxlm", "sweep", here, "--name=tune", "--vectorize=8")
+    run("jaxlm", "sweep", here, "--name=tune", "--vectorize=3", "--workers=2")
     run("jaxlm", "collect", here)
     lr = f"--config.run.optim.lr={best_lr(workdir):g}"
 

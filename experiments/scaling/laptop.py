@@ -27,9 +27,9 @@ between 1e13 and 4e13. A fit of the three smaller budgets alone had predicted 1.
 1.2e13, where 1.3149 was measured: outside. The best learning rate was 4e-3 at both sizes that were tuned.
 Report: results/laptop/report.md
 
-Differs from `smoke.py` in its budgets, in the depth, which grows with the width (D / L = 32), in its seeds
-and in its text: Python's standard library with its tests, 31 MB, so that the smallest model at 1e13 FLOPs
-(about 20 MB) reads nothing twice.
+Differs from `smoke.py` in its activation (GELU), its budgets, its depth, which grows with the width
+(D / L = 32), its seeds and its text: Python's standard library with its tests, 31 MB, so that the smallest
+model at 1e13 FLOPs (about 20 MB) reads nothing twice.
 
 `:tune` is a grid of three learning rates at the middle sizes of the two smallest budgets; what it says of the
 rate's fall with size goes into grid.lr_exponent. `:holdout` is the run at 4e13 FLOPs of the size that the fit
@@ -48,6 +48,7 @@ def get_config(part: str = "grid") -> ConfigDict:
     check_choice(part, ("grid", "tune", "holdout", "tiny"), "--config: part after the colon")
     base = "tiny" if part == "tiny" else "grid"
     config = load_experiment(f"{Path(__file__).with_name('smoke.py')}:{base}")
+    config.run.model.activation = "gelu"
 
     shape = config.grid.shape
     shape.depth, shape.depth_min, shape.aspect = 0, 2, 32.0

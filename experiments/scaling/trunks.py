@@ -18,8 +18,9 @@ Report: experiments/scaling/results/trunks/report.md
 Last run: 2026-11-22, commit a060450.
 
 The points of one trunk share data and most of their path: `--block=block` resamples trunks, not points.
-`standalone` repeats the second branch of every size as a run of its own with a linear decay to 0, so that the
-gap between branch and fresh run is measured. `:tiny` is the same made so small that it runs in seconds.
+The activation is GELU. `standalone` repeats the second branch of every size as a run of its own with a linear
+decay to 0, so that the gap between branch and fresh run is measured. `:tiny` is the same made so small that
+it runs in seconds.
 """
 
 from pathlib import Path
@@ -33,6 +34,7 @@ from jaxlm.errors import check_choice
 def get_config(part: str = "grid") -> ConfigDict:
     check_choice(part, ("grid", "tiny"), "--config: part after the colon")
     config = load_experiment(f"{Path(__file__).with_name('smoke.py')}:{part}")
+    config.run.model.activation = "gelu"
     config.run.optim.cooldown, config.run.optim.cooldown_shape = 0.2, "1-sqrt"
     grid = config.grid
     grid.kind = "trunks"
