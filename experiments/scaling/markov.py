@@ -37,6 +37,7 @@ def get_config(part: str = "grid") -> ConfigDict:
     config.run.data.train = "data/markov/train/*.txt"
     config.run.data.eval = "data/markov/heldout/*.txt"
     grid = config.grid
+    config.run.optim.lr = 4e-3
     grid.budgets = (1e11, 3e11, 1e12, 3e12)
     grid.centers = (22e3, 45e3, 90e3, 170e3)
     return config

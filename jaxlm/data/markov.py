@@ -40,10 +40,11 @@ RECORD = "markov.json"
 class MarkovConfig:
     """A source."""
 
-    symbols: int = 40  # V
-    exponent_low: float = 1.0  # s_ab are uniform from here ...
-    exponent_high: float = 2.0  # ... to here
-    spread: float = 0.8  # how much alike the rankings are; 0 = all symbols are equally frequent
+    symbols: int = 94  # V
+    exponent_low: float = 1.5  # s_ab are uniform from here ...
+    exponent_high: float = 1.5  # ... to here
+    spread: float = 0.5  # how much alike the rankings are; 0 = all symbols are equally frequent
+    decay: float = 0.3  # how much more alike those of rarer pairs are; 0 = not at all
     seed: int = 0  # of the transition probabilities
 
     def __post_init__(self) -> None:
@@ -51,6 +52,7 @@ class MarkovConfig:
         low, high = self.exponent_low, self.exponent_high
         check(0 <= low <= high, f"exponents from {low:g} to {high:g}: 0 <= exponent_low <= exponent_high")
         check(self.spread >= 0, f"spread={self.spread:g} must not be negative")
+        check(self.decay >= 0, f"decay={self.decay:g} must not be negative")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,11 +130,14 @@ def make_source(cfg: MarkovConfig) -> MarkovSource:
     0.0
     """
     V, random = cfg.symbols, np.random.RandomState(cfg.seed)
-    # The order of exponential arrival times with rates w is a draw without replacement with weights w.
-    rates_V = np.arange(1, V + 1) ** -cfg.spread
-    order = np.argsort(-np.log1p(-random.random_sample((V, V, V))) / rates_V, axis=-1)
+    ranks = np.arange(1.0, V + 1)
+    # The order of exponential arrival times with rates w is a draw without replacement with weights w. Of their
+    # logarithms, log E - log w, a rare pair keeps less of the first part.
+    noise = np.log(-np.log1p(-random.random_sample((V, V, V))))
+    own = np.outer(ranks, ranks)[..., None] ** -cfg.decay
+    order = np.argsort(own * noise + cfg.spread * np.log(ranks), axis=-1)
     exponents = cfg.exponent_low + (cfg.exponent_high - cfg.exponent_low) * random.random_sample((V, V, 1))
-    zipf = np.arange(1, V + 1) ** -exponents
+    zipf = ranks**-exponents
     probabilities = np.empty((V, V, V))
     np.put_along_axis(probabilities, order, zipf / zipf.sum(-1, keepdims=True), axis=-1)
     return MarkovSource(probabilities)
