@@ -4,9 +4,12 @@ For every pair (a, b) of symbols the next symbol c has a Zipf distribution over 
 
     P(c | a, b) = rank_ab(c)^-s_ab / sum_r r^-s_ab
 
-Rankings are drawn without replacement with weights (c + 1)^-spread, so that symbols and pairs have Zipf-like
-frequencies, too; exponents s_ab are uniform. All of it is a function of the seed. The entropy rate is the
-mean of the rows' entropies under the stationary distribution pi of the pairs,
+rank_ab sorts the symbols by spread ln(c + 1) + ((a + 1)(b + 1))^-decay ln E_abc with exponential E_abc: at
+decay 0 a draw without replacement with weights (c + 1)^-spread. So early symbols are the frequent ones, and
+pairs have Zipf-like frequencies, too; and with a decay the rows of rare pairs depart less from the common
+order, so that what it is worth to know a row falls steadily with the row's place. Exponents s_ab are uniform.
+All of it is a function of the seed. The entropy rate is the mean of the rows' entropies under the stationary
+distribution pi of the pairs,
 
     h = - sum_ab pi(a, b) sum_c P(c | a, b) ln P(c | a, b),   pi(b, c) = sum_a pi(a, b) P(c | a, b),
 
@@ -131,8 +134,7 @@ def make_source(cfg: MarkovConfig) -> MarkovSource:
     """
     V, random = cfg.symbols, np.random.RandomState(cfg.seed)
     ranks = np.arange(1.0, V + 1)
-    # The order of exponential arrival times with rates w is a draw without replacement with weights w. Of their
-    # logarithms, log E - log w, a rare pair keeps less of the first part.
+    # The order of arrival times E / w with rates w is a draw without replacement with weights w.
     noise = np.log(-np.log1p(-random.random_sample((V, V, V))))
     own = np.outer(ranks, ranks)[..., None] ** -cfg.decay
     order = np.argsort(own * noise + cfg.spread * np.log(ranks), axis=-1)

@@ -76,6 +76,46 @@ def test_every_row_is_a_zipf_law():
     assert alike.max() > 2 * even.max()
 
 
+def test_rankings_of_rare_pairs_are_alike():
+    """Mean rank distance to the order of symbols falls with (a + 1)(b + 1), and does not without decay."""
+    V = 30
+    rarity = np.outer(np.arange(1, V + 1), np.arange(1, V + 1))
+    common, rare = rarity < 10, rarity > 300
+
+    def disorder(decay):
+        source = make_source(MarkovConfig(symbols=V, decay=decay))
+        ranks = np.argsort(np.argsort(-source.probabilities, axis=-1), axis=-1)
+        return np.abs(ranks - np.arange(V)).mean(-1)
+
+    falling, level = disorder(0.3), disorder(0.0)
+    assert falling[rare].mean() < 0.5 * falling[common].mean()
+    assert level[rare].mean() == pytest.approx(level[common].mean(), rel=0.1)
+
+
+def excess_of_counting(source, length):
+    """What a predictor from the counts of `length` symbols, shrunk to those of one symbol before, loses."""
+    random, V = np.random.default_rng(0), len(source.probabilities)
+    n = random.poisson(length * source.stationary[..., None] * source.probabilities)
+    zeroth = (n.sum((0, 1)) + 0.5) / (n.sum() + 0.5 * V)
+    first = (n.sum(0) + 30 * zeroth) / (n.sum((0, 2))[:, None] + 30)
+    q = (n + 10 * first) / (n.sum(-1, keepdims=True) + 10)
+    return np.sum(source.stationary[..., None] * source.probabilities * np.log(source.probabilities / q))
+
+
+def test_counting_nears_the_floor_by_a_power_of_the_data():
+    """And not faster and faster, as where the rows are few enough to be learned to the end."""
+
+    def exponents(cfg):
+        excess = np.array([excess_of_counting(make_source(cfg), length) for length in (3e5, 1e6, 3e6, 1e7)])
+        return -np.diff(np.log(excess)) / np.diff(np.log((3e5, 1e6, 3e6, 1e7)))
+
+    straight = exponents(MarkovConfig())
+    bent = exponents(MarkovConfig(symbols=40, exponent_low=1.0, exponent_high=2.0, spread=0.8, decay=0.0))
+    assert np.ptp(straight) < 0.15
+    assert np.ptp(bent) > 0.2
+    assert bent.min() > straight.max()
+
+
 def test_a_sample_has_the_frequencies_of_the_source_and_grows_at_its_end():
     source = make_source(MarkovConfig(symbols=4, seed=2))
     sample = source.sample(200_000, seed=7).astype(int)
