@@ -30,14 +30,17 @@ from jaxlm.errors import check_choice
 
 
 def get_config(part: str = "grid") -> ConfigDict:
-    check_choice(part, ("grid", "tiny"), "--config: part after the colon")
+    check_choice(part, ("grid", "tune", "tiny"), "--config: part after the colon")
     config = load_experiment(f"{Path(__file__).with_name('smoke.py')}:{part}")
+    config.run.optim.lr = 4e-3
     if part == "tiny":
         return config
     config.run.data.train = "data/markov/train/*.txt"
     config.run.data.eval = "data/markov/heldout/*.txt"
     grid = config.grid
-    config.run.optim.lr = 4e-3
+    if part == "tune":
+        grid.lrs = (2e-3, 4e-3, 8e-3, 16e-3, 32e-3)
+        return config
     grid.budgets = (1e11, 3e11, 1e12, 3e12)
     grid.centers = (22e3, 45e3, 90e3, 170e3)
     return config
