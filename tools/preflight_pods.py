@@ -119,7 +119,7 @@ def row(name: str, report: Report) -> str:
         short = facts.shortage
         return (
             "| "
-            + " | ".join([*cells, f"lacks {(short.needed - short.available) / GiB:.2f} GiB", *[""] * 7])
+            + " | ".join([*cells, f"lacks {(short.needed - short.available) / GiB:.2f} GiB", *[""] * 8])
             + " |"
         )
     every = totals.get("all", {"ici": 0.0, "dcn": 0.0})
@@ -129,7 +129,8 @@ def row(name: str, report: Report) -> str:
         f"{facts.memory.peak / GiB:.1f}",
         f"{report.limit / GiB:.2f}",
     ]
-    cells += [f"{every['ici'] / 1e9:,.1f}", f"{every['dcn'] / 1e9:,.1f}", kinds]
+    kernels = ", ".join(f"{name} {runs:,}" for name, runs in facts.kernels.items())
+    cells += [f"{every['ici'] / 1e9:,.1f}", f"{every['dcn'] / 1e9:,.1f}", kinds, kernels]
     cells += [f"{report.time.mfu:.0%} ({report.time.limited_by})", f"{facts.seconds['compile']:.0f}"]
     return "| " + " | ".join(cells) + " |"
 
@@ -149,7 +150,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     jax.config.update("jax_platforms", "cpu")
     cache = Path(args.cache) if args.cache else default_cache()
-    heads = "model,pod,mesh,tokens a chip,allocated GiB,peak GiB,limit GiB,GB on ICI,GB on DCN,of which"
+    heads = (
+        "model,pod,mesh,tokens a chip,allocated GiB,peak GiB,limit GiB,GB on ICI,GB on DCN,of which,kernels"
+    )
     heads = [*heads.split(","), "MFU at most", "compile s"]
     print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|", flush=True)
     fits = True

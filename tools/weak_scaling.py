@@ -123,7 +123,7 @@ def plot(rows: dict[int, tuple[dict[str, float], dict[str, float]]], path: Path)
     axis.set_ylabel("GB that a chip sends in a step")
     axis.set_title("8B, weights over 64 chips at most: weak scaling in the compiled program", fontsize=10)
     axis.set_ylim(0, max(bottom.max(), max(form)) * 1.3)
-    axis.legend(ncols=3, frameon=False, loc="upper left")
+    axis.legend(ncols=3, frameon=False, loc="upper left", markerscale=0.6)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
     figure.savefig(path, dpi=150)

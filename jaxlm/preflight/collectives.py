@@ -15,7 +15,8 @@ slice-local, and what leaves the slice is already taken apart into `send`s, each
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Int
@@ -57,46 +58,58 @@ class Schedule:
     collectives: Sequence[Collective]
     cycles: float  # the compiler's estimates, summed over what it schedules; 0 = it gives none
     unknown_loops: int  # loops whose trip count the text does not say; counted as one trip
+    kernels: Mapping[str, int]  # runs in a step of each Pallas kernel and each library call
 
 
 def schedule(module: Module) -> Schedule:
-    """All collectives of a program with their trips, and the compiler's own estimate of cycles.
+    """All collectives and kernels of a program with their trips, and the compiler's own estimate of cycles.
 
     Of a conditional the branch that sends more bytes counts. A collective that the compiler has spread over
     several fusions (asynchronous, one step in each) counts once.
     """
     unknown: list[str] = []
-    found, cycles = _walk(module, module.computations[module.entry], 1, unknown)
-    return Schedule(tuple(found), cycles, len(unknown))
+    found, cycles, kernels = _walk(module, module.computations[module.entry], 1, unknown)
+    return Schedule(tuple(found), cycles, len(unknown), dict(kernels))
+
+
+def kernel_name(each: Instruction) -> str:
+    """What a custom call runs: a Pallas kernel's name or a library's call; '' if the compiler's own business.
+
+    A kernel for TPUs is named by its instruction, `%splash_mha_fwd.2`; a call of a library by its target,
+    `__cudnn$fmhaSoftmax`.
+    """
+    target = re.search(r'custom_call_target="([^"]*)"', each.attributes)
+    if each.opcode != "custom-call" or target is None:
+        return ""
+    if target[1] == "tpu_custom_call":
+        return re.sub(r"(\.(\d+|clone|remat\d*))+$", "", each.name)
+    return target[1] if target[1].startswith("__") else ""
 
 
 def _walk(
     module: Module, computation: Computation, trips: int, unknown: list[str]
-) -> tuple[list[Collective], float]:
+) -> tuple[list[Collective], float, Counter[str]]:
     found: list[Collective] = []
-    cycles, spread = 0.0, set()
+    cycles, spread, kernels = 0.0, set(), Counter()
     for each in computation.instructions.values():
         if (made := _collective(module, computation, each, trips)) is not None:
             found.append(made)
+        elif name := kernel_name(each):
+            kernels[name] += trips
         elif each.opcode == "while":
             count = trip_count(module, computation, each)
             if count is None:
                 unknown.append(each.name)
             body = module.computations[each.attribute("body")]
-            inner, inner_cycles = _walk(module, body, trips * (1 if count is None else count), unknown)
-            found += inner
-            cycles += inner_cycles
+            inner = _walk(module, body, trips * (1 if count is None else count), unknown)
+            found, cycles, kernels = found + inner[0], cycles + inner[1], kernels + inner[2]
         elif each.opcode == "conditional":
             branches = [_walk(module, module.computations[name], trips, unknown) for name in _branches(each)]
-            inner, inner_cycles = max(branches, key=lambda b: (sum(map(_weight, b[0])), b[1]))
-            found += inner
-            cycles += inner_cycles
+            inner = max(branches, key=lambda b: (sum(map(_weight, b[0])), b[1]))
+            found, cycles, kernels = found + inner[0], cycles + inner[1], kernels + inner[2]
         elif each.opcode == "call":
-            inner, inner_cycles = _walk(
-                module, module.computations[each.attribute("to_apply")], trips, unknown
-            )
-            found += inner
-            cycles += inner_cycles
+            inner = _walk(module, module.computations[each.attribute("to_apply")], trips, unknown)
+            found, cycles, kernels = found + inner[0], cycles + inner[1], kernels + inner[2]
         elif each.opcode in ("fusion", "async-start"):
             for key, made in _fused(module, each, trips):
                 if key not in spread:
@@ -104,7 +117,7 @@ def _walk(
                     found.append(made)
         if estimate := re.search(r'"estimated_cycles":"(\d+)"', each.attributes):
             cycles += int(estimate[1]) * trips if int(estimate[1]) < 1 << 60 else 0
-    return found, cycles
+    return found, cycles, kernels
 
 
 def _weight(collective: Collective) -> float:

@@ -97,6 +97,7 @@ class Facts:
     shortage: Shortage | None
     collectives: Sequence[Row] | None  # None: it does not fit, or the program cannot be printed
     unreadable: str  # why the program could not be read; '' = it was
+    kernels: Mapping[str, int]  # runs in a step of each Pallas kernel and library call, 'splash_mha_fwd': 64
     cycles: float  # the compiler's estimate for one step; 0 = it gives none
     unknown_loops: int  # counted as one trip
     replicated: Sequence[str]  # operations whose operand the compiler replicates to go to another layout
@@ -147,13 +148,13 @@ def compile_step(cfg: RunConfig, topology: Topology) -> Facts:
             if shortage is None:
                 raise
     clock.append(time.perf_counter())
-    rows, cycles, unknown, unreadable = None, 0.0, 0, ""
+    rows, kernels, cycles, unknown, unreadable = None, {}, 0.0, 0, ""
     if compiled is not None:
         try:
             # Some versions of libtpu cannot print some programs, and the text is no stable format.
             found = schedule(hlo.parse(compiled.as_text()))
             rows = summarise(found.collectives, topology, mesh)
-            cycles, unknown = found.cycles, found.unknown_loops
+            kernels, cycles, unknown = found.kernels, found.cycles, found.unknown_loops
         except (jax.errors.JaxRuntimeError, ValueError) as error:
             unreadable = str(error).splitlines()[0]
     memory = None if compiled is None else _memory(compiled)
@@ -171,6 +172,7 @@ def compile_step(cfg: RunConfig, topology: Topology) -> Facts:
         shortage=shortage,
         collectives=rows,
         unreadable=unreadable,
+        kernels=kernels,
         cycles=cycles,
         unknown_loops=unknown,
         replicated=replications(log.text),

@@ -318,6 +318,9 @@ def lines(report: Report, topology: Topology) -> list[str]:
             f"{report.num_steps:,} steps take at least {wall} = {hours:,.0f} chip hours{cost} (limited by "
             f"{report.time.limited_by}; with 40% MFU {hours * report.time.mfu / 0.4:,.0f} chip hours)"
         )
+    if facts.kernels:
+        runs = ", ".join(f"{name} x {count:,}" for name, count in facts.kernels.items())
+        out.append(f"kernels and library calls of a step: {runs}")
     if facts.cycles:
         clock = topology.chip.clock if topology.chip else 0.0
         seconds = f" = {facts.cycles / clock:.3g} s at {clock / 1e9:g} GHz" if clock else ""

@@ -23,10 +23,12 @@ import numpy as np
 from jaxlm.chips import Chip
 from jaxlm.config import RunConfig, canonical_json, to_dict
 from jaxlm.data.packing import Batch, empty_batch, finish_batch
+from jaxlm.data.tokenizer import load_tokenizer
 from jaxlm.errors import UserError, check
 from jaxlm.scaling.counting import count
 from jaxlm.scaling.memory import Memory
 from jaxlm.sharding import make_layout, use
+from jaxlm.train.compilation import counted_compilations
 from jaxlm.train.feed import place_batch
 from jaxlm.train.programs import numbers_of, programs
 from jaxlm.train.rundir import write_json
@@ -63,7 +65,7 @@ class Timing:
 
     flops_per_token: float  # training
     flops_per_second: float
-    compile_seconds: float
+    compile_seconds: float  # short where the program was kept already
 
 
 def run_seconds(
@@ -87,13 +89,20 @@ def run_seconds(
 
 
 def calibrate(
-    configs: Sequence[RunConfig], path: Path | None = None, *, seconds: float = 1.0
+    configs: Sequence[RunConfig],
+    path: Path | None = None,
+    *,
+    keep: bool = True,
+    programs_dir: Path | None = None,
+    seconds: float = 1.0,
 ) -> list[Timing]:
     """Time the smallest, the middle and the largest shape of a plan that this machine can be asked to time.
 
     Args:
         configs: of the plan, their meshes chosen.
-        path: file that keeps measurements, by machine and shape; None = measure and keep nothing.
+        path: file of measurements, by machine and shape; None = measure all.
+        keep: write what was measured to `path`.
+        programs_dir: compilation cache of the plan's runs, which then need not compile these shapes again.
         seconds: of timed steps for each shape.
 
     Returns:
@@ -111,9 +120,10 @@ def calibrate(
     found = []
     for key in (keys[i] for i in chosen):
         if key not in known:
-            known[key] = dataclasses.asdict(_time(by_size[key], seconds))
+            with counted_compilations(programs_dir if by_size[key].train.compilation_cache else None):
+                known[key] = dataclasses.asdict(_time(by_size[key], seconds))
         found.append(Timing(**known[key]))
-    if path is not None and found:
+    if path is not None and keep and found:
         write_json(path, known)
     return found
 
@@ -143,11 +153,10 @@ def _key(cfg: RunConfig) -> str:
 def _time(cfg: RunConfig, seconds: float) -> Timing:
     """Compile the training step of `cfg` and run it on made-up tokens for that long, at least three times."""
     tokens = cfg.data.batch_size * cfg.data.seq_len
-    layout = make_layout(cfg.mesh)
+    layout, bytes_V = make_layout(cfg.mesh), load_tokenizer(cfg.data.tokenizer).token_bytes
+    shared = dict(microbatches=cfg.train.microbatches, token_bytes=bytes_V)
     with use(layout):
-        built = programs(
-            cfg.model, cfg.loss, cfg.optim, cfg.mesh, microbatches=cfg.train.microbatches, token_bytes=None
-        )
+        built = programs(cfg.model, cfg.loss, cfg.optim, cfg.mesh, **shared)
         numbers = numbers_of(cfg.optim, np.zeros(1, np.float32), 0)
         fed = (place_batch(layout, _made_up(cfg)), numbers)
         state, _ = built.new_state(cfg.seed)

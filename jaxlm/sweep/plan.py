@@ -300,8 +300,10 @@ def _clock(
         )
     timings: list[chips.Timing] = []
     if hardware.measure:
-        path = None if dry_run else workdir / "calibration.json"
-        timings = chips.calibrate(probes, path)
+        programs_dir = None if dry_run else workdir / "runs" / "compilation_cache"
+        timings = chips.calibrate(
+            probes, workdir / "calibration.json", keep=not dry_run, programs_dir=programs_dir
+        )
 
     def measured(need: Need, flops: float, steps: int, held_out: int, sending: float) -> float:
         sizes = dict(flops_per_token=need.counts.flops_train, flops=flops, eval_tokens=held_out)

@@ -222,6 +222,19 @@ def test_nested_loops_multiply():
     assert (each.trips, result.cycles, result.unknown_loops) == (15, 50, 0)
 
 
+def test_kernels_are_named_and_count_as_often_as_their_loops_run():
+    """Pallas kernels by their instruction, calls of a library by target; the rest is the compiler's own."""
+    call = '  %{name} = f32[8]{{0}} custom-call(%x), custom_call_target="{target}"\n'
+    names = {"kernel.3.remat2": "tpu_custom_call", "kernel.4": "tpu_custom_call", "a": "AllocateBuffer"}
+    names["custom-call.2"] = "__cudnn$fmhaSoftmax"
+    calls = "".join(call.format(name=name, target=target) for name, target in names.items())
+    at = "%inner_body (t: (s32[], f32[8])) -> (s32[], f32[8]) {\n"
+    text = nested()
+    assert at in text
+    assert found(text.replace(at, at + calls)).kernels == {"kernel": 30, "__cudnn$fmhaSoftmax": 15}
+    assert found(text).kernels == {}
+
+
 def test_a_loop_of_unknown_length_is_reported():
     result = found(nested("copy(%elsewhere)"))
     assert ([each.trips for each in result.collectives], result.unknown_loops) == ([3], 1)

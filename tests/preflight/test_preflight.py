@@ -362,3 +362,6 @@ def test_a_gpu_step_is_compiled_without_one(tmp_path):
     assert facts.shortage is None
     assert facts.memory.temporaries > 0
     assert {"all-gather", "reduce-scatter"} <= {row.kind for row in facts.collectives}
+    attention = {name: runs for name, runs in facts.kernels.items() if name.startswith("__cudnn")}
+    # Three layers, forward twice by remat; segments go in as a bias.
+    assert attention == {"__cudnn$fmhaScaleBiasSoftmax": 6, "__cudnn$fmhaScaleBiasSoftmaxBackward": 3}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from jaxlm.chips import CHIPS, find_chip, peak_flops
 from jaxlm.config import build, config_hash, default_config, load_experiment
@@ -20,6 +21,7 @@ from jaxlm.sweep import chips, plan
 from jaxlm.sweep.collect import collect
 from jaxlm.sweep.plan import Hardware, SweepConfig, all_cells, load_plans, make_plan, run_dir, save_plan
 from jaxlm.sweep.preview import plan_command, plan_totals
+from jaxlm.train import programs
 from jaxlm.train.run import plan as plan_run
 from jaxlm.train.run import train
 
@@ -189,8 +191,11 @@ def test_this_machine_is_timed_once(text, tmp_path, monkeypatch):
     again = made(text, tmp_path, hardware=Hardware(), **sizes)
     assert again == found
     assert len(timed) == 3
-    made(text, tmp_path, hardware=Hardware(), dry_run=True, **sizes)  # knows no file, and writes none
+    made(text, tmp_path, hardware=Hardware(), dry_run=True, **sizes)  # prints the same, so it reads the file
+    assert len(timed) == 3
+    made(text, tmp_path / "elsewhere", hardware=Hardware(), dry_run=True, **sizes)
     assert len(timed) == 6
+    assert not (tmp_path / "elsewhere").exists()
     monkeypatch.setattr(chips, "MOST_STEP_FLOPS", 1.0)
     none = made(text, tmp_path, hardware=Hardware(), **sizes)
     assert all(cell.seconds == 0 for cell in none.cells)
@@ -218,6 +223,28 @@ def test_a_measurement_is_near_the_truth_within_an_order_of_magnitude(text):
     assert timing.flops_per_token == count(cfg.model, 32).flops_train
     assert 1e7 < timing.flops_per_second < 1e15
     assert timing.compile_seconds > 0.05
+
+
+@pytest.fixture
+def no_cache():
+    """Nobody has chosen a compilation cache, as the suite has."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+    reset_cache()
+
+
+@pytest.mark.slow
+def test_a_run_need_not_compile_what_its_plan_has_timed(text, tmp_path, no_cache):
+    shape = dict(grid__budgets=(2e8,), grid__sizes=(5e3,))
+    (cell,) = made(text, tmp_path, hardware=Hardware(), **shape).cells
+    assert list((tmp_path / "runs" / "compilation_cache").iterdir())
+    programs._programs.cache_clear()  # as in a new process
+    jax.clear_caches()
+    compiled = train(cell.config, run_dir(tmp_path, cell)).compilation
+    assert compiled["cache_hits"] >= 2
+    assert compiled["programs"].keys() >= {"build", "step"}
 
 
 # -------------------------------------------------------------------------------------- warnings and notes
