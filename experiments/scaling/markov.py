@@ -18,8 +18,8 @@ Expected: E 2.501 (95% 2.465 to 2.516 by bootstrap, 2.484 to 2.516 by profile, 2
 all 20 runs; 2.479 (2.421 to 2.511) without the budget of 1e11, 2.494 (2.375 to 2.539) of the 10 runs from
 1e12 on, 2.497 (2.406 to 2.520) without 3e12: every interval covers the floor, and 2.479 to 2.502 is what
 other objectives and ways to count give. With E fixed at the floor the residuals are as small (.33% and .34%).
-An interior minimum at every budget, .2545, .1710, .1071 and .0753 above the floor: C^-.36, C^-.39, C^-.32. N*
-= 0.075 (C/6)^0.53. `tune` is best at 4e-3.
+An interior minimum at every budget, .2545, .1710, .1071 and .0753 above the floor: C^-.36, C^-.39, C^-.32.
+`tune` is best at 4e-3.
 Report: experiments/scaling/results/markov/report.md
 Last run: 2026-11-22, commit 36f2390.
 
@@ -30,20 +30,21 @@ for rare pairs as for frequent ones (`--symbols=40 --exponent_low=1 --exponent_h
 to 3e12 FLOPs, and the interval of E (1.848 to 2.115) missed the floor of 2.2448. A predictor that counts
 shows the reason without any training: from 3e5 to 1e7 symbols its excess falls as D^-.75, then D^-1.03 there
 (every row is being learned to the end, 1/D), as D^-.43 to D^-.54 here. So there are 8,836 contexts now, with
-Zipf-like frequencies, and the rows of rare ones depart less from the common row. Of three such sources this
-one was taken before any fit, after single runs at 1e11, 3e11 and 1e12: with decay 0.15 the excess at 1e12 is
-.47, too far from the floor to say where that lies; with exponents 1.2, spread 0.25 and decay 0.6 it is .076
-at 3e11, where noise (about .005) would decide.
+Zipf-like frequencies, and the rows of rare ones depart less from the common row. Of three candidates this
+one was taken before any fit, after a run each at 1e11, 3e11 and (two of them) 1e12: with decay 0.15 the
+excess at 1e12 is .47, too far from the floor to say where that lies; with exponents 1.2, spread 0.25 and
+decay 0.6 it is .076 at 3e11 already, where noise (about .005) would decide.
 
 The learning rate: `:tune`, five rates at the smallest budget, gave 2.8003, 2.7545, 2.7609, 2.7585 and 2.9611
 from 2e-3 to 32e-3 (on the first 8 MB of the text); 4e-3 against 8e-3 is 2.6660 and 2.6594 at the middle size
-of 3e11, 2.6021 and 2.6037 at that of 1e12: the optimum is flat, and does not move.
+of 3e11, 2.6021 and 2.6037 at that of 1e12: the optimum is flat, and hardly moves.
 
-What limits the fit: two runs decide much of beta, both with few steps (59k parameters at 1e11, 131k at 3e11,
-.6% above and 1.0% below the surface), so that the interval by sandwich is twice the bootstrap's; one seed.
+What limits the test: two runs with few steps decide much of beta (59k parameters at 1e11, .6% above the
+surface, and 131k at 3e11, 1.0% below it), so that the interval by sandwich is 2.7 times the bootstrap's; and
+one source and one seed are one draw, which does not show that 95 of 100 such intervals would cover.
 
 Otherwise it differs from `smoke.py` in its text alone, of which there is as much as one likes: every run
-reads it once. The floor is `floor` in data/markov/markov.json, see `jaxlm.data.markov`. `:tiny` is the same
+reads it once at most. The floor is `floor` in data/markov/markov.json, see `jaxlm.data.markov`. `:tiny` is the same
 made so small that it runs in seconds, on Python's own source code.
 """
 
