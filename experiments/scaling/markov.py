@@ -44,8 +44,8 @@ surface, and 131k at 3e11, 1.0% below it), so that the interval by sandwich is 2
 one source and one seed are one draw, which does not show that 95 of 100 such intervals would cover.
 
 Otherwise it differs from `smoke.py` in its text alone, of which there is as much as one likes: every run
-reads it once at most. The floor is `floor` in data/markov/markov.json, see `jaxlm.data.markov`. `:tiny` is the same
-made so small that it runs in seconds, on Python's own source code.
+reads at most the whole of it once. The floor is `floor` in data/markov/markov.json, see `jaxlm.data.markov`.
+`:tiny` is the same made so small that it runs in seconds, on Python's own source code.
 """
 
 from pathlib import Path
