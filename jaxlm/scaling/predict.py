@@ -290,27 +290,26 @@ class NextRun:
     reduction: float  # share of the variance that this run is expected to remove
 
 
-def candidates(fit: Fit, most: float = 0.0) -> Float64[Array, "K 2"]:
-    """(N, D) to choose from: three budgets up to `most` FLOPs (0: the largest fitted), 1/16 to 16 N*(C)."""
+def candidates(fit: Fit, most: float = 0.0, **extra: float) -> Float64[Array, "K 2"]:
+    """(N, D) to choose from: three budgets up to `most` FLOPs (0: the largest fitted), 1/16 to 16 N*(C).
+
+    `extra` are further inputs of the law, as `predict` takes them: N*(C) is the optimum there.
+    """
     top = most or float(np.max(fit.points["C"]))
     out = []
     for c in top * np.array([0.1, 10**-0.5, 1.0]):
-        log_n, log_d = optima(fit, float(c), **_typical(fit))
+        log_n, log_d = optima(fit, float(c), **extra)
         for shift in np.log(2.0) * np.arange(-4, 5):
             out.append((math.exp(log_n[0] + shift), math.exp(log_d[0] - shift)))
     return np.array(out)
 
 
-def _typical(fit: Fit) -> dict[str, float]:
-    """A value for each input of the law besides N, D and C: the largest fitted (of U: all that there is)."""
-    if fit.method in LINES:
-        return {}
-    others = [name for name in get_law(fit.law).inputs if name not in ("N", "D", "C")]
-    return {name: float(np.max(fit.points[name])) for name in others}
-
-
 def next_runs(
-    fit: Fit, budget: float, runs: Sequence[tuple[float, float]] | None = None, k: int = 3
+    fit: Fit,
+    budget: float,
+    runs: Sequence[tuple[float, float]] | None = None,
+    k: int = 3,
+    **extra: float,
 ) -> list[NextRun]:
     """The k runs that are expected to cut Var[log N*(budget)] most, chosen one after the other.
 
@@ -327,16 +326,19 @@ def next_runs(
         budget: target FLOPs.
         runs: (N, D) to choose from; default `candidates(fit)`, none dearer than the dearest run fitted.
         k: how many.
+        extra: further inputs of the law (U: unique tokens, sparsity, ...), one value each: those of the
+            target, and of the runs to choose from.
 
     Raises:
         Refusal: no_surface, no_interval, no_optimum; no_noise (sigma is 0: every run tells everything).
+        UserError: an input of the law is missing, or given and not read.
     """
     check(k >= 1, f"k={k} must be at least 1")
-    choice = candidates(fit) if runs is None else np.asarray(runs, float).reshape(-1, 2)
+    check_inputs(fit, extra)
+    choice = candidates(fit, **extra) if runs is None else np.asarray(runs, float).reshape(-1, 2)
     check(len(choice) > 0 and bool((choice > 0).all()), "candidates must be pairs (N, D) of positive numbers")
     if not fit.sigma > 0:
         raise Refusal("no_noise", "the residuals are zero: there is no variance that a run could reduce")
-    extra = _typical(fit)
     u = optima(fit, budget, **extra)[0][1:]
     v = np.log(surface(fit, choice[:, 0], choice[:, 1], **extra)[1:])
     good = np.isfinite(u) & np.isfinite(v).all(-1)
@@ -373,7 +375,8 @@ def predict_command(
         path: fit.json, or the folder that holds it.
         budgets: training FLOPs, one answer each; JSON of several is a list.
         at: further inputs of the law, see `predict`.
-        next_count: how many next runs to recommend for each budget.
+        next_count: how many next runs to recommend for each budget: those that cut Var[log N*] there, at the
+            inputs `at`, most.
         level: of the intervals.
         as_json: print JSON.
 
@@ -383,13 +386,13 @@ def predict_command(
     fit = load_fit(path)
     check_inputs(fit, at)
     results = [predict(fit, budget, level, **at) for budget in budgets]
-    after = [next_runs(fit, budget, k=next_count) if next_count else [] for budget in budgets]
+    after = [next_runs(fit, budget, k=next_count, **at) if next_count else [] for budget in budgets]
     if as_json:
         records = [_record(result, runs) for result, runs in zip(results, after, strict=True)]
         print(json.dumps(records[0] if len(records) == 1 else records, indent=2))
         return
     for result, runs in zip(results, after, strict=True):
-        _show(fit, result, runs)
+        _show(fit, result, runs, at)
 
 
 def _record(result: Prediction, after: Sequence[NextRun]) -> dict:
@@ -400,14 +403,16 @@ def _record(result: Prediction, after: Sequence[NextRun]) -> dict:
     return record | {"next": [dataclasses.asdict(run) for run in after]}
 
 
-def _show(fit: Fit, result: Prediction, after: Sequence[NextRun]) -> None:
+def _show(fit: Fit, result: Prediction, after: Sequence[NextRun], at: Mapping[str, float]) -> None:
     """Prints a prediction as tables, with the fit's warnings and its own."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console(width=None if Console().is_terminal else 110)
     budget, label = result.budget, f"{100 * result.level:g}%"
-    table = Table(title=f"{fit.law} by {fit.method} at C = {budget:.4g} FLOPs", title_justify="left")
+    where = "".join(f", {name} = {value:.4g}" for name, value in at.items())
+    title = f"{fit.law} by {fit.method} at C = {budget:.4g} FLOPs{where}"
+    table = Table(title=title, title_justify="left")
     for column in ("what", "value", f"{label} from", "to"):
         table.add_column(column, justify="left" if column == "what" else "right")
     rows = (
@@ -428,7 +433,8 @@ def _show(fit: Fit, result: Prediction, after: Sequence[NextRun]) -> None:
         steps.add_row(*(f"{row[name]:.4g}" for name in names))
     console.print(steps)
     if after:
-        plan = Table(title=f"runs that cut the variance of N* at {budget:.4g} most", title_justify="left")
+        title = f"runs that cut the variance of N* at C = {budget:.4g}{where} most"
+        plan = Table(title=title, title_justify="left")
         for column in ("N", "D", "C", "sd of log N* before", "after", "variance removed"):
             plan.add_column(column, justify="right")
         for run in after:

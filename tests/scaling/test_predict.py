@@ -264,6 +264,37 @@ def test_the_update_is_that_of_linear_gaussian_estimation():
     assert runs[0].sd_before == pytest.approx(0, abs=1e-12)
 
 
+def test_the_next_runs_serve_the_inputs_that_were_asked_for(fit, tmp_path, capsys):
+    """Target and candidates are at the unique tokens of `--at`, not at the most that any run had."""
+    columns = fit.points | {"U": [1e13] * len(fit.points["C"])}
+    one = dataclasses.replace(constrained(fit), points=columns)
+    one = dataclasses.replace(
+        one,
+        parameters=one.parameters | {"R_D": 15.4, "R_N": 5.3},
+        draws=[[*row, 15.4, 5.3] for row in fit.draws],
+    )
+    path, first = save_fit(one, tmp_path), {}
+    for unique in (1e9, 1e13):
+        run = next_runs(one, 1e21, k=1, U=unique)[0]
+        spread = float(np.std(optima(one, 1e21, U=unique)[0][1:]))
+        assert run.sd_before == pytest.approx(spread, rel=0.1)
+        assert (run.N, run.D) in {(float(n), float(d)) for n, d in candidates(one, U=unique)}
+        assert (
+            main(["predict", f"--fit={path}", "--budget=1e20,1e21", f"--at=U={unique}", "--next=1", "--json"])
+            == 0
+        )
+        told = json.loads(capsys.readouterr().out)[1]["next"]
+        assert told == [dataclasses.asdict(run)]
+        first[unique] = run
+    assert first[1e9].N != first[1e13].N
+    predict_command(path, [1e21], at={"U": 1e9}, next_count=1)
+    assert "N* at C = 1e+21, U = 1e+09 most" in capsys.readouterr().out
+    with pytest.raises(UserError, match="needs U"):
+        next_runs(one, 1e21)
+    with pytest.raises(UserError, match="no input 'u'"):
+        next_runs(one, 1e21, U=1e9, u=1e9)
+
+
 def spread_after(extra, trials, seed=0):
     """Standard deviation of log N* over refits of the sweep and of the same with extra runs."""
     rng = np.random.default_rng(seed)
