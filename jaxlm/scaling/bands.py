@@ -93,5 +93,5 @@ def frontier(fit: Fit, low: float, high: float) -> tuple[Array, Array, tuple[Arr
     rows = rows[:, np.isfinite(rows).all((0, 2))]
     around = np.stack([np.interp(rows[0, 0], *row) for row in rows.swapaxes(0, 1)[1:]])
     tail = tail_of(fit, fit.level)
-    edges = np.exp(np.quantile(around, [tail, 1 - tail], axis=0))
+    edges = np.exp(np.quantile(around, [tail, 1 - tail], axis=0, method="weibull"))
     return np.exp(rows[0, 0]), np.exp(rows[1, 0]), (edges[0], edges[1])

@@ -155,7 +155,7 @@ def _fit_surface(
         kind: (jacobian @ getattr(shape, kind) @ jacobian.T).tolist() for kind in ("gauss_newton", "sandwich")
     }
     blocks = 0 if labels is None else len(np.unique(labels))
-    tail = uncertainty.tail_share(level, blocks)
+    tail = uncertainty.tail_share(level, blocks, samples.calibration)
     intervals = _intervals(problem, found.phi, p, derived, samples, shape, level, tail, free)
     for name, value in derived.items():
         low, high = intervals[name].get("gauss_newton", (0.0, np.inf))
@@ -190,6 +190,7 @@ def _fit_surface(
             "asked": samples.asked,
             "failed": samples.failed,
             "blocks": blocks,
+            "calibration": samples.calibration,
         },
         intervals=intervals,
         level=level,

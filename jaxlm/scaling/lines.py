@@ -111,5 +111,9 @@ def compute_lines(
 
 
 def percentiles(values: Float64[Array, "S"], tail: float) -> list[float]:
-    """The central interval of a sample: its `tail` and 1 - `tail` quantiles."""
-    return [float(v) for v in np.quantile(values, [tail, 1.0 - tail])]
+    """The central interval of a sample: its `tail` and 1 - `tail` quantiles.
+
+    Of S draws the k-th stands for the share k / (S + 1), so that what one more draw would miss is twice the
+    tail: at 200 draws the other definitions lose a hundredth of the coverage.
+    """
+    return [float(v) for v in np.quantile(values, [tail, 1.0 - tail], method="weibull")]

@@ -165,9 +165,10 @@ def _loss_line(fit: Fit, budget: float) -> Float64[Array, "S"]:
     return at.get("E_L", 0.0) + np.exp(at["log_kL"] - at["c"] * math.log(budget))
 
 
-def tail_of(fit: Fit, level: float) -> float:
-    """The share of draws that an interval of this fit leaves out on either side."""
-    return tail_share(level, 0 if fit.method in LINES else fit.bootstrap.get("blocks", 0))
+def tail_of(fit: Fit, level: float, *, noisy: bool = False) -> float:
+    """The share of draws that an interval leaves out on either side; noisy: of those of `_noisy`."""
+    blocks = 0 if fit.method in LINES else fit.bootstrap.get("blocks", 0)
+    return tail_share(level, blocks, 1.0 if noisy else fit.bootstrap.get("calibration", 1.0))
 
 
 def _central(value: float, draws: Float64[Array, "S"], tail: float) -> Estimate:
@@ -175,9 +176,10 @@ def _central(value: float, draws: Float64[Array, "S"], tail: float) -> Estimate:
     return Estimate(float(value), *percentiles(draws, tail))
 
 
-def _noisy(rows: Float64[Array, "S"], sigma: float) -> Float64[Array, "Z"]:
-    """Draws of a run's loss: the law's draws, each spread by the noise of log L."""
-    return (rows[:, None] * np.exp(sigma * NOISE)).ravel()
+def _noisy(fit: Fit, rows: Float64[Array, "S"]) -> Float64[Array, "Z"]:
+    """Draws of a run's loss: the law's, at their calibrated spread about row 0, each spread by the noise."""
+    law = rows[0] + fit.bootstrap.get("calibration", 1.0) * (rows[1:] - rows[0])
+    return (law[:, None] * np.exp(fit.sigma * NOISE)).ravel()
 
 
 def loss_interval(
@@ -187,9 +189,9 @@ def loss_interval(
 
     What a held-out run is judged by. Raises `Refusal` as `surface` does.
     """
-    tail = tail_of(fit, level)
+    tail = tail_of(fit, level, noisy=True)
     values = surface(fit, np.atleast_1d(np.asarray(N, float)), np.atleast_1d(np.asarray(D, float)), **extra)
-    return [_central(column[0], _noisy(column[1:], fit.sigma), tail) for column in values.T]
+    return [_central(column[0], _noisy(fit, column), tail) for column in values.T]
 
 
 def _at(fit: Fit, budget: float, level: float, extra: Mapping[str, float]) -> tuple[dict[str, Estimate], int]:
@@ -209,7 +211,7 @@ def _at(fit: Fit, budget: float, level: float, extra: Mapping[str, float]) -> tu
     for name, rows in (("N", log_n), ("D", log_d), ("tokens_per_param", log_d - log_n)):
         out[name] = Estimate(*(math.exp(v) for v in _central(rows[0], rows[1:], tail)))
     out["L_law"] = _central(loss[0], loss[1:], tail)
-    out["L"] = _central(loss[0], _noisy(loss[1:], fit.sigma), tail)
+    out["L"] = _central(loss[0], _noisy(fit, loss), tail_of(fit, level, noisy=True))
     return out, int(good.sum()) - 1
 
 

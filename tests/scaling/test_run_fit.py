@@ -11,10 +11,11 @@ import pytest
 from jaxlm.errors import UserError
 from jaxlm.scaling.fit import run_fit
 from jaxlm.scaling.fit_table import fit_command
+from jaxlm.scaling.lines import percentiles
 from jaxlm.scaling.problem import make_problem
 from jaxlm.scaling.record import load_fit, optimum, predict_loss
 from jaxlm.scaling.table import Points
-from jaxlm.scaling.uncertainty import bootstrap
+from jaxlm.scaling.uncertainty import bootstrap, tail_share
 
 TRUTH = {"E": 1.8172, "A": 482.01, "B": 2085.43, "alpha": 0.3478, "beta": 0.3658}
 LIGHT = dict(draws=0, profile=False, starts=4)
@@ -162,11 +163,14 @@ def test_published_fits_of_the_digitised_chinchilla_runs(tmp_path):
 def test_intervals_are_those_whose_coverage_is_tested(seed):
     """The percentiles of `uncertainty.bootstrap` from the optimum; test_uncertainty.py has their coverage."""
     points = sweep(0.002, seed)
-    fit = run_fit(points, starts=2, draws=60, seed=seed, profile=False)
+    fit = run_fit(points, starts=2, draws=120, seed=seed, profile=False)
     problem = make_problem(points, "chinchilla", "huber")
     z = np.array([fit.parameters[name] for name in TRUTH])
     z[1:3] = np.log(z[1:3])
-    draws = bootstrap(problem, problem.free(z), draws=60, seed=seed).draws
+    found = bootstrap(problem, problem.free(z), draws=120, seed=seed)
+    tail = tail_share(0.95, 0, found.calibration)
+    assert tail != 0.025
+    assert fit.bootstrap["calibration"] == pytest.approx(found.calibration, rel=1e-2)
     for i, name in enumerate(TRUTH):
-        wanted = np.quantile(draws[:, i], [0.025, 0.975])
+        wanted = percentiles(found.draws[:, i], tail)
         np.testing.assert_allclose(fit.intervals[name]["bootstrap"], wanted, rtol=1e-4)

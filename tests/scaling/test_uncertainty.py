@@ -8,10 +8,13 @@ from scipy import stats
 
 from jaxlm.errors import UserError
 from jaxlm.scaling.fit import run_fit
+from jaxlm.scaling.laws import to_coordinates
+from jaxlm.scaling.lines import percentiles
 from jaxlm.scaling.problem import make_problem
 from jaxlm.scaling.solve import refit, solve
 from jaxlm.scaling.table import Points
 from jaxlm.scaling.uncertainty import (
+    LEAST_PAIRS,
     bootstrap,
     curvature,
     delta_interval,
@@ -31,11 +34,11 @@ def log_optimum(p: np.ndarray, c: float) -> np.ndarray:
     return g + p[..., 4] / total * np.log(c / 6)
 
 
-def sweep(seed: int, sigma: float = 0.002) -> Points:
-    """81 runs: nine budgets of nine sizes within a factor of eight of the optimum."""
-    c = np.repeat(np.geomspace(1e18, 1e22, 9), 9)
+def sweep(seed: int, sigma: float = 0.002, budgets: int = 9, sizes: int = 9) -> Points:
+    """81 runs: nine budgets of nine sizes within a factor of eight of the optimum; fewer where asked."""
+    c = np.repeat(np.geomspace(1e18, 1e22, budgets), sizes)
     n = np.exp(log_optimum(TRUTH, 1.0) + TRUTH[4] / (TRUTH[3] + TRUTH[4]) * np.log(c))
-    n = n * np.tile(np.geomspace(1 / 8, 8, 9), 9)
+    n = n * np.tile(np.geomspace(1 / 8, 8, sizes), budgets)
     d = c / 6 / n
     loss = TRUTH[0] + TRUTH[1] * n ** -TRUTH[3] + TRUTH[2] * d ** -TRUTH[4]
     return Points(n, d, c, loss * np.exp(np.random.default_rng(seed).normal(0, sigma, len(n))))
@@ -152,7 +155,7 @@ def test_few_blocks_are_given_wider_intervals():
     assert low < np.quantile(draws, 0.025)
     assert high > np.quantile(draws, 0.975)
     assert (low, high) == pytest.approx(
-        tuple(np.quantile(draws, [tail_share(0.95, 4), 1 - tail_share(0.95, 4)]))
+        tuple(np.quantile(draws, [tail_share(0.95, 4), 1 - tail_share(0.95, 4)], method="weibull"))
     )
 
 
@@ -188,43 +191,66 @@ def test_errors_agree_where_the_noise_is_normal():
         assert np.sqrt(np.diag(fit.covariance[kind]))[[0, 3, 4]] == pytest.approx(boot[[0, 3, 4]], rel=0.3)
 
 
+def test_the_calibration_shortens_intervals_of_few_runs_under_a_kink():
+    """Huber's draws of 20 runs scatter too much; of copies of one table the factor is a function of its
+    seed."""
+    problem = make_problem(sweep(0, budgets=4, sizes=5), "chinchilla", "huber")
+    phi = solve(problem, NEAR).phi
+    found = [bootstrap(problem, phi, draws=200, seed=seed).calibration for seed in (0, 0, 1, 2)]
+    assert found[0] == found[1]
+    assert 0.6 < np.median(found) < 0.98
+    assert bootstrap(problem, phi, draws=LEAST_PAIRS - 1).calibration == 1.0
+    smooth = dataclasses.replace(problem, delta=0.1)  # no run is beyond it
+    assert bootstrap(smooth, phi, draws=200).calibration == 1.0
+    block = np.arange(20)
+    assert bootstrap(problem, phi, draws=200, block=block).calibration == 1.0
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("objective", "sweeps"), [("log_mse", 200), ("huber", 600)])
-def test_intervals_cover_the_truth(objective, sweeps):
+@pytest.mark.parametrize(
+    ("objective", "budgets", "sizes", "sweeps"),
+    [("log_mse", 9, 9, 200), ("huber", 9, 9, 200), ("huber", 4, 5, 200), ("log_mse", 4, 5, 200)],
+)
+def test_intervals_cover_the_truth(objective, budgets, sizes, sweeps):
     """92 to 98% of the 95% intervals hold every parameter, and N* at ten times the compute.
 
-    Of Huber's fits those of E are the widest: .983 of 600 sweeps, which is 98% within the error of the count
-    (1.96 sqrt(.98 .02 / 600) = .011). Least squares are held to the plain bounds.
+    Gauss-Newton intervals, which know no curvature, are held to it where there are many runs.
     """
-    truth = np.append(TRUTH, log_optimum(TRUTH, 1e23))
+    target = 10 * sweep(0, budgets=budgets, sizes=sizes).C.max()
+    truth = np.append(TRUTH, log_optimum(TRUTH, target))
     positive = [False, True, True, False, False, False]
-    hits: dict[str, list] = {"bootstrap": [], "gauss_newton": []}
+    hits: dict[str, list] = {"bootstrap": []} | ({"gauss_newton": []} if sizes == 9 else {})
 
     def everything(q):
         return np.concatenate(
-            [q[..., :1], np.log(q[..., 1:3]), q[..., 3:], log_optimum(q, 1e23)[..., None]], -1
+            [q[..., :1], np.log(q[..., 1:3]), q[..., 3:], log_optimum(q, target)[..., None]], -1
         )
 
     for seed in range(sweeps):
-        problem = make_problem(sweep(seed), "chinchilla", objective)
-        phi = refit(problem, problem.free(NEAR))[0]
-        value = [np.sum(problem.residuals(p)[0] ** 2) for p in phi]
+        problem = make_problem(sweep(seed, budgets=budgets, sizes=sizes), "chinchilla", objective)
+        starts = np.concatenate([NEAR, to_coordinates(problem.law, TRUTH, problem.x)[None]])
+        phi, value, _, _ = refit(problem, problem.free(starts))
         phi = phi[int(np.argmin(value))]
-        found = bootstrap(problem, phi, draws=400, seed=seed)
-        assert found.failed <= 4  # of 400
-        draws = np.concatenate([found.draws, log_optimum(found.draws, 1e23)[:, None]], 1)
-        ends = np.quantile(draws, [0.025, 0.975], axis=0).T
+        found = bootstrap(problem, phi, draws=300, seed=seed)
+        assert found.failed <= 3
+        draws = np.concatenate([found.draws, log_optimum(found.draws, target)[:, None]], 1)
+        tail = tail_share(0.95, 0, found.calibration)
+        ends = np.array([percentiles(column, tail) for column in draws.T])
         hits["bootstrap"].append((ends[:, 0] <= truth) & (truth <= ends[:, 1]))
+        if "gauss_newton" not in hits:
+            continue
         p = problem.parameters(phi)
         shape = curvature(problem, phi)
         slopes = parameter_jacobian(problem, phi, everything)
         errors = np.sqrt(np.diag(slopes @ shape.gauss_newton @ slopes.T))
-        centre = np.append(p, log_optimum(p, 1e23))
+        centre = np.append(p, log_optimum(p, target))
         ends = np.array(
             [delta_interval(*v, shape.dof, 0.95, s) for *v, s in zip(centre, errors, positive, strict=True)]
         )
         hits["gauss_newton"].append((ends[:, 0] <= truth) & (truth <= ends[:, 1]))
     for kind, rows in hits.items():
         covered = np.mean(rows, 0)
-        error = 1.96 * (0.98 * 0.02 / sweeps) ** 0.5 if objective == "huber" else 0.0
-        assert ((covered >= 0.92) & (covered <= 0.98 + error)).all(), (kind, covered)
+        print(objective, budgets * sizes, kind, covered)
+        # Of 200 counts the normal intervals' own error is .015: .985 of E is 98% within it.
+        most = 0.98 if kind == "bootstrap" else 0.985
+        assert ((covered >= 0.92) & (covered <= most)).all(), (kind, covered)
