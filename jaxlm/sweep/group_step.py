@@ -18,7 +18,7 @@ from jaxlm.optim import OptimConfig
 from jaxlm.sharding import MeshConfig, make_mesh
 from jaxlm.sweep.groups import Member
 from jaxlm.train.programs import Numbers, optimizer_of, programs, shape_of
-from jaxlm.train.state import TrainState, _builder, _seed_key
+from jaxlm.train.state import TrainState, _builder, _run_once, _seed_key
 from jaxlm.train.step import Batch
 
 CELL = "cell/"  # in front of the names of metrics that have a cell axis
@@ -135,7 +135,7 @@ def _group_programs(
     def group_eval_step(params: Any, batch: Batch) -> Any:
         return over_cells(lambda batch, params: lone.eval_step(params, batch), width)(batch, params)
 
-    fresh = jax.jit(build, out_shardings=shardings)
+    fresh = jax.jit(build, out_shardings=shardings, compiler_options=_run_once())
 
     def new_state(members: Sequence[Member]) -> TrainState:
         # Of a fan-in's weights (init_std = 0) nobody asks for another factor than 1.
