@@ -20,6 +20,8 @@ LAD_DELTAS = tuple(10.0**-k for k in range(2, 11))  # of the Huber objectives th
 WARM_DELTAS = LAD_DELTAS[1:7]  # the same from the solution of a similar problem
 RESTARTS = 3  # of L-BFGS from its own end
 TOLERANCE = 1e-13  # of the objective, relative: a problem is solved when a Newton step promises less
+STALLED = 1e-9  # the same where no step descends: rounding, or a point that no step leads away from
+ITERATIONS = 5000  # of Newton at most: along a bent valley (mixtures of experts) a few take thousands
 FIRST_DELTA = 0.1  # of the Huber objective that brings a start near, in log loss
 ALIVE = (-3.0, 1.0)  # log of a power term over the mean target at a start: a dead term stays dead
 
@@ -56,6 +58,11 @@ def _boxed_step(matrix: Array, gradient: Array, low: Array, high: Array) -> Arra
     return np.clip(step, low, high)
 
 
+def _promised(gradient: Array, matrix: Array, step: Array) -> Array:
+    """How far `g s + s M s / 2` falls by a step, for a batch."""
+    return -np.sum(gradient * step, -1) - np.sum(step * (matrix @ step[..., None])[..., 0], -1) / 2
+
+
 def newton(
     problem: Problem,
     phi: Array,
@@ -63,7 +70,7 @@ def newton(
     offset: Array | None = None,
     *,
     delta: float | None = None,
-    iterations: int = 200,
+    iterations: int = ITERATIONS,
     tolerance: float = TOLERANCE,
     loose: bool = False,
 ) -> tuple[Array, Array, Array, Array]:
@@ -72,7 +79,8 @@ def newton(
     Each step solves (H + lambda K) s = -gradient, H with the weights rho'' of Newton's method and K with the
     weights rho'/r of reweighted least squares, both without the law's second derivatives: lambda near 0
     converges fast, lambda near 1 descends surely. A problem is done when a step that is little damped
-    promises less than `tolerance` of the objective, or when no step descends.
+    promises less than `tolerance` of the objective. Where no step descends, however damped, it ends; that
+    counts as done if the step of lambda = 1 promises less than STALLED of it, else as failed.
 
     Returns:
       phi, the objective (of `lad`: smoothed within delta), whether it is done, and the steps; one per
@@ -97,6 +105,11 @@ def newton(
         k = turned @ ((w * ratio)[..., None] * jac)
         return np.sum(w * value, -1), gradient, h, k
 
+    def undamped(at: Array, of: tuple) -> Array:
+        """What the step of lambda = 1 promises."""
+        _, g, h, k = of
+        return _promised(g, h + k, _boxed_step(h + k, g, low - at, high - at))
+
     with np.errstate(over="ignore", invalid="ignore"):
         current = system(phi, todo)
         value = current[0].copy()
@@ -109,16 +122,21 @@ def newton(
             at = phi[todo]
             matrix = h + damping[todo, None, None] * k
             step = _boxed_step(matrix, g, low - at, high - at)
-            promised = -np.sum(g * step, -1) - np.sum(step * (matrix @ step[..., None])[..., 0], -1) / 2
+            promised = _promised(g, matrix, step)
             new = system(at + step, todo)
             better = new[0] < value[todo]
             next_damping = np.where(better, damping[todo] / 5, damping[todo] * 4)
             small = (promised <= tolerance * value[todo]) & (damping[todo] <= 1.0)
-            finished = small | (next_damping > 1e12) | (value[todo] <= nothing[todo])
+            small |= value[todo] <= nothing[todo]
+            stuck = (next_damping > 1e12) & ~small
+            if stuck.any():
+                promise = undamped(at[stuck], tuple(a[stuck] for a in current))
+                small[stuck] = promise <= STALLED * value[todo[stuck]]
+            finished = small | stuck
             damping[todo] = np.maximum(next_damping, 1e-9)
             phi[todo[better]] = (at + step)[better]
             value[todo[better]] = new[0][better]
-            done[todo[finished]] = True
+            done[todo] = small
             current = tuple(
                 np.where(better.reshape(-1, *[1] * (a.ndim - 1)), a, b)[~finished]
                 for a, b in zip(new, current, strict=True)
@@ -134,7 +152,7 @@ def refit(
     offset: Array | None = None,
     *,
     deltas: Sequence[float] = WARM_DELTAS,
-    iterations: int = 200,
+    iterations: int = ITERATIONS,
     loose: bool = False,
 ) -> tuple[Array, Array, Array, Array]:
     """`newton`, for LAD through smoother and smoother versions of it; the objective is the reported one."""
