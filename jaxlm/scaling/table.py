@@ -3,27 +3,30 @@
 import csv
 import dataclasses
 import hashlib
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float64, Int64
 
 from jaxlm.errors import UserError, check, nearest
+from jaxlm.scaling.cells import number, read_csv, read_parquet
 from jaxlm.scaling.where import where_mask
 
 # What our own collected table calls the roles; used where --columns does not say otherwise.
 DEFAULTS = {"N": "n_total", "D": "tokens", "C": "flops_exact", "loss": "loss"}
 EXTRAS = {"U": "unique_tokens", "epochs": "epochs", "budget": "budget", "seed": "seed", "lr": "lr"}
 OURS = "config_hash"  # a column of our own tables: EXTRAS, `exclude` and `status` mean nothing in others
-MISSING = frozenset(
-    ("", "na", "n/a", "#n/a", "-", "--", "null", "none", "missing")
-)  # beside what float reads
-DELIMITERS = ",;\t|"
 FLOPS = 6.0  # per parameter and token, of the identity C = 6 N D
 # What a plain table is likely to call them: named in the message when a role is missing.
-HINTS = {"N": ("params", "n"), "D": ("tokens", "d"), "C": ("flops", "train_flop"), "loss": ("loss", "nll")}
+HINTS = {
+    "N": ("params", "parameters", "n_params", "n"),
+    "D": ("tokens", "train_tokens", "n_tokens", "d"),
+    "C": ("flops", "train_flop", "train_flops", "flop", "c"),
+    "loss": ("loss", "val_loss", "nll", "loss_nats"),
+}
+SUFFIXES = {"K": "e3", "M": "e6", "B": "e9", "G": "e9", "T": "e12", "%": "e-2"}  # as a number is written
+SHARES = ("sparsity", "accuracy", "error")  # roles whose values are shares of 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +105,7 @@ def read_table(path: str | Path) -> Table:
     numbers. Columns without a name are not read.
 
     Raises:
-      UserError: it cannot be read, or is no table: no header, no rows, a row of another length.
+      UserError: it cannot be read, or is no table: packed, JSON, no header, no rows, a row of another length.
     """
     path = Path(path)
     check(path.is_file(), f"table {str(path)!r} is not a file")
@@ -111,92 +114,18 @@ def read_table(path: str | Path) -> Table:
     except OSError as error:
         raise UserError(f"table {str(path)!r} cannot be read: {error.strerror}") from None
     digest = hashlib.sha256(content).hexdigest()
+    packed = content[:2] in (b"\x1f\x8b", b"PK", b"BZ")
+    check(
+        not packed, f"table {str(path)!r} is packed: unpack it first (gunzip, unzip; a workbook: save as CSV)"
+    )
     if path.suffix == ".parquet" or content[:4] == b"PAR1":
-        columns, lines, twice = _read_parquet(path), None, ()
+        columns, lines, twice = read_parquet(path), None, ()
         count = len(next(iter(columns.values())))
     else:
-        columns, lines, twice = _read_csv(path, content)
+        columns, lines, twice = read_csv(path, content)
         count = len(lines)
     check(count > 0, f"table {str(path)!r} has a header and no rows")
     return Table(columns, str(path), digest, np.arange(count), lines, twice)
-
-
-def _read_csv(path: Path, content: bytes) -> tuple[dict[str, np.ndarray], np.ndarray, tuple[str, ...]]:
-    """Columns, the line of each row, and the names that stand there twice."""
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"table {str(path)!r} is not text in UTF-8 (byte {error.start})") from None
-    check("\0" not in text, f"table {str(path)!r} is not a CSV file: it holds zero bytes")
-    lines = _split(path, text, "\t" if path.suffix == ".tsv" else ",")
-    check(bool(lines), f"table {str(path)!r} is empty")
-    if len(lines[0][1]) == 1:
-        other = max(DELIMITERS, key=lines[0][1][0].count)
-        lines = _split(path, text, other) if other in lines[0][1][0] else lines
-    names = [name.strip() for name in lines[0][1]]
-    check(
-        not all(_number(name) is not None for name in names),
-        f"table {str(path)!r} has no header: its first line is {','.join(names)[:80]!r}",
-    )
-    for number, row in lines[1:]:
-        check(
-            len(row) == len(names),
-            f"table {str(path)!r}, line {number}: {len(row)} cells under {len(names)} column names",
-        )
-    cells = [row for _, row in lines[1:]]
-    twice = tuple(dict.fromkeys(name for name in names if name and names.count(name) > 1))
-    columns = {
-        name: _column([row[i] for row in cells]) for i, name in enumerate(names) if name and name not in twice
-    }
-    return columns, np.array([number for number, _ in lines[1:]], int), twice
-
-
-def _split(path: Path, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
-    """(line number, cells) of every line that holds something; only line feeds and returns end a line."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    try:
-        return [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
-    except csv.Error as error:
-        raise UserError(f"table {str(path)!r} is not a CSV file: line {reader.line_num}: {error}") from None
-
-
-def _read_parquet(path: Path) -> dict[str, np.ndarray]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError(f"table {str(path)!r} needs pyarrow: pip install 'jaxlm[data]', or use CSV") from None
-    try:
-        table = parquet.read_table(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"table {str(path)!r} is not a Parquet file: {error}") from None
-    columns = {}
-    for name, column in zip(table.column_names, table.columns, strict=True):
-        columns[name] = _column(["" if cell is None else str(cell) for cell in column.to_pylist()])
-    check(bool(columns), f"table {str(path)!r} has no columns")
-    return columns
-
-
-def _number(cell: str) -> float | None:
-    """The number in a cell, NaN if it says that there is none, None if it holds something else.
-
-    >>> _number("1e3"), _number(" N/A "), _number("diverged")
-    (1000.0, nan, None)
-    """
-    try:
-        return float(cell)
-    except ValueError:
-        return np.nan if cell.strip().lower() in MISSING else None
-
-
-def _column(cells: Sequence[str]) -> np.ndarray:
-    """Numbers; text if a cell holds something else, or if words such as `none` are all that it holds."""
-    stripped = [cell.strip() for cell in cells]
-    numbers = [_number(cell) for cell in stripped]
-    words = any(stripped) and all(cell.lower() in MISSING for cell in stripped)
-    if words or any(number is None for number in numbers):
-        return np.array(stripped)
-    return np.array(numbers, float)
 
 
 def parse_columns(text: str) -> dict[str, str]:
@@ -242,17 +171,21 @@ def _numeric(table: Table, column: str) -> tuple[Float64[np.ndarray, "R"], np.nd
     values = table.columns[column]
     if values.dtype.kind == "f":
         return values, np.zeros(0, int)
-    numbers = [_number(cell) for cell in values]
-    odd = np.flatnonzero([number is None for number in numbers])
-    return np.array([np.nan if number is None else number for number in numbers], float), odd
+    read = [number(cell) for cell in values]
+    odd = np.flatnonzero([value is None for value in read])
+    return np.array([np.nan if value is None else value for value in read], float), odd
 
 
-def _no_number(table: Table, role: str, column: str, position: int) -> UserError:
-    """Names a cell that is no number, and what to do about it."""
-    cell = str(table.columns[column][position])
+def _no_number(table: Table, role: str, column: str, position: int, all_odd: bool) -> UserError:
+    """Names a cell that is no number, and what to do about it; `all_odd`: no cell of the column is one."""
+    cell = str(table.columns[column][position]).strip()
     hint = f"leave such rows out with --where='{role} >= 0', or empty the cell"
-    if "," in cell and _number(cell.replace(",", "")) is not None:
+    if all_odd:
+        hint = f"nor is any other cell of the column: name another for {role} in --columns"
+    if "," in cell and number(cell.replace(",", "")) is not None:
         hint = "numbers are written without commas, as 1234.5"
+    elif cell[-1:].upper() in SUFFIXES and cell[0].isdigit() and number(cell[:-1]) is not None:
+        hint = f"write it out in the table, as {float(cell[:-1]):g}{SUFFIXES[cell[-1].upper()]}"
     return UserError(
         f"table {table.path!r}, {table.place(position)}, column {column!r}: {cell!r} is not a number; {hint}"
     )
@@ -306,16 +239,8 @@ def select(
     if "loss" in values:
         values["L"] = values.pop("loss")
     _derive(values, needs, notes)
-    for role in needs:
-        if role not in values:
-            named = "loss" if role == "L" else role
-            hint = next((c for h in HINTS.get(named, ()) for c in table.columns if c.lower() == h), None)
-            example = (
-                f", such as --columns={named}={hint}" if hint else f": it has {', '.join(table.columns)}"
-            )
-            raise UserError(
-                f"the fit needs {named} and table {table.path!r} does not say which column it is{example}"
-            )
+    if missing := [role for role in needs if role not in values]:
+        raise _no_role(table, names, needs, missing)
 
     gone: dict[int, Exclusion] = {}
 
@@ -348,14 +273,19 @@ def select(
     for role, positions in odd.items():
         for i in positions:
             if mask[i] and i not in gone:
-                raise _no_number(table, role, names[role], i)
+                raise _no_number(table, role, names[role], i, len(positions) == count)
             if not mask[i]:
                 leave_out(i, "where", where)
-    for role in dict.fromkeys(
-        [*needs, *(r for r in ("N", "D", "C", "L", "sigma") if r in names or r in values)]
-    ):
+    for role in dict.fromkeys(needs):
         v = values[role]
-        good = np.isfinite(v) & ((v > 0) if role != "sparsity" else (v >= 0) & (v < 1))
+        if role in SHARES:
+            large = [i for i in np.flatnonzero(v > 1) if mask[i] and i not in gone]
+            if large:
+                raise UserError(
+                    f"table {table.path!r}, {table.place(large[0])}: {role}={v[large[0]]:g} is above 1 (as "
+                    f"in {len(large)} rows): {role} is read as a share, from 0 to 1. Divide percent by 100"
+                )
+        good = _is_good(role, v)
         for i in np.flatnonzero(~good):
             leave_out(i, "value", f"{role}={v[i]:g}")
     for i in np.flatnonzero(~mask):
@@ -368,13 +298,8 @@ def select(
             leave_out(i, "drop_highest", f"loss={values['L'][i]:.6g}")
         keep = np.array([i for i in range(count) if i not in gone], int)
     if not len(keep):
-        rules: dict[str, int] = {}
-        for e in gone.values():
-            rules[e.rule] = rules.get(e.rule, 0) + 1
-        raise UserError(
-            f"table {table.path!r}: none of {count} rows is left: "
-            + ", ".join(f"{k} by the rule {rule!r}" for rule, k in rules.items())
-        )
+        raise UserError(f"table {table.path!r}: none of {count} rows is left: {left_out(gone.values())}")
+    _unread(table, values, names, needs, keep, notes)
 
     block = None
     if "block" in names:
@@ -391,6 +316,91 @@ def select(
         rows=table.rows[keep],
     )
     return points, [gone[i] for i in sorted(gone)], notes
+
+
+def left_out(exclusions: Iterable[Exclusion]) -> str:
+    """How many rows each rule left out, with the first that it did.
+
+    >>> left_out([Exclusion(3, "value", "L=nan"), Exclusion(7, "value", "L=0")])
+    "2 by the rule 'value' (row 4: L=nan)"
+    """
+    first: dict[str, Exclusion] = {}
+    counts: dict[str, int] = {}
+    for e in exclusions:
+        first.setdefault(e.rule, e)
+        counts[e.rule] = counts.get(e.rule, 0) + 1
+    return ", ".join(
+        f"{k} by the rule {rule!r} (row {first[rule].row + 1}: {first[rule].detail})"
+        for rule, k in counts.items()
+    )
+
+
+def _is_good(role: str, v: np.ndarray) -> np.ndarray:
+    """Where a value is one that a law can read: finite and positive, a sparsity from 0 to below 1."""
+    return np.isfinite(v) & ((v > 0) if role != "sparsity" else (v >= 0) & (v < 1))
+
+
+def _no_role(
+    table: Table, names: Mapping[str, str], needs: Sequence[str], missing: Sequence[str]
+) -> UserError:
+    """Names the roles without a column, and a whole --columns that would do, where the names suggest one."""
+    lower = {name.lower(): name for name in reversed(table.columns)}
+    named = ["loss" if role == "L" else role for role in dict.fromkeys(needs)]
+    found = {
+        role: names.get(role) or next((lower[h] for h in HINTS.get(role, ()) if h in lower), "")
+        for role in {**dict.fromkeys(named), **names, "C": None}
+    }
+    given = {role for role in ("N", "D", "C") if found[role]} if {"N", "D"} & set(named) else set()
+    line = [role for role in found if found[role] and (role in names or role in named or role in given)]
+    lacking = [role for role in named if not found[role] and not (role in "NDC" and len(given) == 2)]
+    what = ", ".join("loss" if role == "L" else role for role in missing)
+    text = f"the fit needs {what} and table {table.path!r} does not say which column it is"
+    if line and not lacking:
+        return UserError(text + ", such as --columns=" + ",".join(f"{role}={found[role]}" for role in line))
+    return UserError(
+        f"{text}: it has {', '.join(table.columns)}; name all of them, --columns="
+        + ",".join(f"{role}={found[role] or '...'}" for role in dict.fromkeys([*line, *lacking]))
+    )
+
+
+def _unread(
+    table: Table,
+    values: dict[str, np.ndarray],
+    names: Mapping[str, str],
+    needs: Sequence[str],
+    keep: np.ndarray,
+    notes: list[str],
+) -> None:
+    """What the kept rows lack of columns that the fit does not need: filled in or left aside, with a note.
+
+    C is filled in as k N D, k as in the rows that have it. A sigma that is not always positive is refused.
+    """
+    for role in ("N", "D", "C", "L", "sigma"):
+        if role in needs or role not in values:
+            continue
+        bad = keep[~_is_good(role, values[role][keep])]
+        if not len(bad):
+            continue
+        if role == "sigma":
+            raise UserError(
+                f"table {table.path!r}, {table.place(bad[0])}: sigma={values[role][bad[0]]:g}; {len(bad)} of "
+                f"{len(keep)} rows have none that is positive. Fill it in, leave them out with "
+                "--where='sigma > 0', or leave sigma out of --columns"
+            )
+        named = "loss" if role == "L" else role
+        lack = (
+            f"{len(bad)} of {len(keep)} rows have no {named} ({names.get(named, named)}), which the fit does "
+        )
+        rest = np.setdiff1d(keep, bad)
+        if role == "C" and len(rest) and {"N", "D"} <= set(needs):
+            known = np.log(values["C"][rest] / (values["N"][rest] * values["D"][rest]))
+            k = float(np.exp(known.mean()))
+            values["C"] = values["C"].copy()
+            values["C"][bad] = k * values["N"][bad] * values["D"][bad]
+            notes.append(f"{lack}not read: there C = {k:.6g} N D, as in the others on average")
+        else:
+            values[role] = np.full(len(table), np.nan)
+            notes.append(f"{lack}not read: the column is left aside")
 
 
 def _derive(values: dict[str, np.ndarray], needs: Sequence[str], notes: list[str]) -> None:

@@ -1,5 +1,6 @@
 """Tables of runs: what is read, what is refused, and that every row left out has a named reason."""
 
+import gzip
 import hashlib
 
 import numpy as np
@@ -111,7 +112,7 @@ def test_names_of_our_own_tables_mean_nothing_in_others(table, own):
     assert select(t, roles | {"budget": "budget"})[0].extra["budget"].tolist() == [100, 200]
 
 
-@pytest.mark.parametrize("mark", ["NA", "N/A", "-", "null", "None", "NaN", ""])
+@pytest.mark.parametrize("mark", ["NA", "N/A", "-", "\N{EM DASH}", "\N{EN DASH}", "null", "None", "NaN", ""])
 def test_cells_that_say_there_is_no_number(table, mark):
     points, excluded, _ = select(table(PLAIN + f"1e6,1e15,{mark},a\n"), ROLES)
     assert (len(points), [(e.row, e.rule, e.detail) for e in excluded]) == (4, [(4, "value", "L=nan")])
@@ -165,10 +166,60 @@ def test_column_names_of_any_kind(table):
 
 
 def test_blocks_may_be_strings_and_sigma_is_checked(table):
-    t = table("n,d,l,trunk,s\n1,1,3,x,.1\n2,1,3,y,.1\n3,1,3,x,0\n")
-    points, excluded, _ = select(t, {"N": "n", "D": "d", "loss": "l", "block": "trunk", "sigma": "s"})
+    """A row without sigma is neither lost in silence nor weighted by a guess."""
+    t = table("n,d,l,trunk,s\n1,1,3,x,.1\n2,1,3,y,.1\n3,1,3,x,0\n4,1,3,x,\n")
+    roles = {"N": "n", "D": "d", "loss": "l", "block": "trunk", "sigma": "s"}
+    with pytest.raises(UserError, match=r"line 4: sigma=0; 2 of 4 rows.*--where='sigma > 0', or leave sigma"):
+        select(t, roles)
+    points, excluded, _ = select(t, roles, where="sigma > 0")
     assert points.block.tolist() == [0, 1]
-    assert [(e.row, e.rule, e.detail) for e in excluded] == [(2, "value", "sigma=0")]
+    assert [(e.row, e.rule) for e in excluded] == [(2, "where"), (3, "where")]
+    assert len(select(t, {k: v for k, v in roles.items() if k != "sigma"})[0]) == 4
+
+
+def test_a_row_is_dropped_only_for_what_the_fit_reads(table):
+    """FLOPs that some rows lack are filled in as the others count them; a loss that nothing reads is none."""
+    t = table("n,d,c,l\n1e6,1e8,7e14,3\n2e6,1e8,,2.5\n4e6,1e8,2.8e15,2\n4e6,,2.8e15,2\n")
+    roles = {"N": "n", "D": "d", "C": "c", "loss": "l"}
+    points, excluded, notes = select(t, roles)
+    np.testing.assert_allclose(points.C, [7e14, 1.4e15, 2.8e15])
+    assert [(e.row, e.detail) for e in excluded] == [(3, "D=nan")]
+    assert [note for note in notes if "1 of 3 rows have no C (c)" in note and "C = 7 N D" in note]
+    assert len(select(t, roles, needs=("N", "D", "C", "L"))[0]) == 2
+    rates = table("c,lr,l\n1e15,.1,\n2e15,.2,3\n")
+    points, excluded, notes = select(rates, {"C": "c", "lr": "lr", "loss": "l"}, needs=("C", "lr"))
+    assert (len(points), excluded) == (2, [])
+    assert np.isnan(points.L).all()
+    assert "1 of 2 rows have no loss (l)" in notes[0]
+
+
+@pytest.mark.parametrize("role", ["sparsity", "accuracy", "error"])
+def test_shares_in_percent_are_refused_by_name(table, role):
+    t = table(f"n,d,loss,{role}\n1,1,3,0\n2,1,3,50\n3,1,3,75\n")
+    roles = {"N": "n", "D": "d", role: role}
+    said = rf"line 3: {role}=50 is above 1 \(as in 2 rows\).*Divide percent by 100"
+    with pytest.raises(UserError, match=said):
+        select(t, roles, needs=("N", role))
+    shares = table(f"n,d,loss,{role}\n1,1,3,.1\n2,1,3,.5\n")
+    assert len(select(shares, roles, needs=("N", role))[0]) == 2
+    assert len(select(t, roles)[0]) == 3  # nothing reads it
+
+
+@pytest.mark.parametrize(("cell", "number"), [("70M", "70e6"), ("1.5B", "1.5e9"), ("3.8%", "3.8e-2")])
+def test_suffixed_numbers_are_told_how_they_are_written(table, cell, number):
+    """`--where='N >= 0'` would leave every such row out: it is no remedy."""
+    with pytest.raises(UserError, match=f"'{cell}' is not a number; write it out in the table, as {number}$"):
+        select(table(f"n,d,loss\n{cell},1,3\n7e7,1,3\n"), {"N": "n", "D": "d"})
+
+
+def test_all_roles_that_are_missing_are_named(table):
+    """The line that is proposed is a whole one: N alone would hide what is called as our tables call it."""
+    with pytest.raises(UserError, match=r"needs N .*, such as --columns=N=params,D=tokens,loss=loss$"):
+        select(table("params,tokens,loss\n1,1,3\n"), {})
+    with pytest.raises(UserError, match=r"needs N, D, loss .*--columns=N=Params,loss=nll,C=FLOP$"):
+        select(table("Params,FLOP,nll\n1,1,3\n"), {})
+    with pytest.raises(UserError, match=r"needs N, D, loss .*it has a, b; .*--columns=N=...,D=...,loss=...$"):
+        select(table("a,b\n1,1\n"), {})
 
 
 def test_a_law_of_another_column_needs_no_loss(table):
@@ -218,6 +269,8 @@ def test_the_hash_is_of_the_file(tmp_path):
         ("1,2\n3,4\n", "no header"),
         ('a,b\n"1,2\n', "not a CSV"),
         ("a,b\n1,\0\n", "zero bytes"),
+        ('{"a": 1, "b": 2}\n{"a": 1, "b": 2}\n', "is JSON: write it as CSV or Parquet"),
+        ("# of a paper\na,b\n1,2\n", "delete the lines with # above the header"),
     ],
 )
 def test_what_is_no_table_is_refused(table, text, said):
@@ -231,6 +284,9 @@ def test_other_files_are_refused(tmp_path):
     (tmp_path / "x.csv").write_bytes(b"a,b\n\xff\xfe,1\n")
     with pytest.raises(UserError, match="not text in UTF-8"):
         read_table(tmp_path / "x.csv")
+    (tmp_path / "x.csv.gz").write_bytes(gzip.compress(PLAIN.encode()))
+    with pytest.raises(UserError, match="packed: unpack it first"):
+        read_table(tmp_path / "x.csv.gz")
     (tmp_path / "x.parquet").write_bytes(b"a,b\n1,2\n")
     with pytest.raises(UserError, match="not a Parquet file"):
         read_table(tmp_path / "x.parquet")
@@ -247,10 +303,14 @@ def test_other_files_are_refused(tmp_path):
         (
             {"N": "kind", "C": "train_flop", "loss": "loss_nats"},
             {},
-            "line 2, column 'kind': 'a' is not a number; leave such rows out with --where='N >= 0'",
+            "line 2, column 'kind': 'a' is not a number; nor is any other cell .* name another for N",
         ),
         ({"N": "params", "loss": "loss_nats"}, {}, "needs D"),
-        ({"C": "train_flop", "loss": "loss_nats"}, {}, "needs N .*--columns=N=params"),
+        (
+            {"C": "train_flop", "loss": "loss_nats"},
+            {},
+            "needs N, D .*--columns=N=params,loss=loss_nats,C=train_flop",
+        ),
         ({"N": "params", "C": "train_flop"}, {}, "needs loss"),
         (ROLES, {"where": "C > 1e30"}, "none of 4 rows is left: 4 by the rule 'where'"),
         (ROLES, {"where": "c < 1"}, "no column 'c'"),

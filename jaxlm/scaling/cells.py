@@ -1,0 +1,106 @@
+"""Files of runs as columns: text split into cells, cells as numbers, and the remedy where a file is none."""
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jaxlm.errors import UserError, check
+
+# Cells that say that there is no number, beside what float reads.
+MISSING = frozenset(
+    ("", "na", "n/a", "#n/a", "-", "--", "\N{EM DASH}", "\N{EN DASH}", "null", "none", "missing")
+)
+DELIMITERS = ",;\t|"
+
+
+def read_csv(path: Path, content: bytes) -> tuple[dict[str, np.ndarray], np.ndarray, tuple[str, ...]]:
+    """Columns, the line of each row, and the names that stand there twice."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"table {str(path)!r} is not text in UTF-8 (byte {error.start})") from None
+    check("\0" not in text, f"table {str(path)!r} is not a CSV file: it holds zero bytes")
+    first = text.lstrip()[:1]
+    check(
+        first not in ("{", "["),
+        f"table {str(path)!r} is JSON: write it as CSV or Parquet first, "
+        "`pandas.read_json(path, lines=True).to_csv('runs.csv')`",
+    )
+    top = [line for line in text.splitlines()[:20] if line.strip()][:2]
+    below = len(top) < 2 or any(number(cell) is not None for cell in top[1].split(","))
+    check(
+        first != "#" or below,
+        f"table {str(path)!r} begins with a comment: delete the lines with # above the header",
+    )
+    lines = _split(path, text, "\t" if path.suffix == ".tsv" else ",")
+    check(bool(lines), f"table {str(path)!r} is empty")
+    if len(lines[0][1]) == 1:
+        other = max(DELIMITERS, key=lines[0][1][0].count)
+        lines = _split(path, text, other) if other in lines[0][1][0] else lines
+    names = [name.strip() for name in lines[0][1]]
+    check(
+        not all(number(name) is not None for name in names),
+        f"table {str(path)!r} has no header: its first line is {','.join(names)[:80]!r}",
+    )
+    for line, row in lines[1:]:
+        check(
+            len(row) == len(names),
+            f"table {str(path)!r}, line {line}: {len(row)} cells under {len(names)} column names",
+        )
+    cells = [row for _, row in lines[1:]]
+    twice = tuple(dict.fromkeys(name for name in names if name and names.count(name) > 1))
+    columns = {
+        name: _column([row[i] for row in cells]) for i, name in enumerate(names) if name and name not in twice
+    }
+    return columns, np.array([line for line, _ in lines[1:]], int), twice
+
+
+def _split(path: Path, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
+    """(line number, cells) of every line that holds something; only line feeds and returns end a line."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        return [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
+    except csv.Error as error:
+        raise UserError(f"table {str(path)!r} is not a CSV file: line {reader.line_num}: {error}") from None
+
+
+def read_parquet(path: Path) -> dict[str, np.ndarray]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError(f"table {str(path)!r} needs pyarrow: pip install 'jaxlm[data]', or use CSV") from None
+    try:
+        table = parquet.read_table(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"table {str(path)!r} is not a Parquet file: {error}") from None
+    columns = {}
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        columns[name] = _column(["" if cell is None else str(cell) for cell in column.to_pylist()])
+    check(bool(columns), f"table {str(path)!r} has no columns")
+    return columns
+
+
+def number(cell: str) -> float | None:
+    """The number in a cell, NaN if it says that there is none, None if it holds something else.
+
+    >>> number("1e3"), number(" N/A "), number("diverged")
+    (1000.0, nan, None)
+    """
+    try:
+        return float(cell)
+    except ValueError:
+        return np.nan if cell.strip().lower() in MISSING else None
+
+
+def _column(cells: Sequence[str]) -> np.ndarray:
+    """Numbers; text if a cell holds something else, or if words such as `none` are all that it holds."""
+    stripped = [cell.strip() for cell in cells]
+    values = [number(cell) for cell in stripped]
+    words = any(stripped) and all(cell.lower() in MISSING for cell in stripped)
+    if words or any(value is None for value in values):
+        return np.array(stripped)
+    return np.array(values, float)
