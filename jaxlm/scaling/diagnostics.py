@@ -25,7 +25,8 @@ The pitfalls of the literature, and what stands against each:
   12  data that do not give the published number  impossible to miss: fit.json holds the data's hash, rows and
                                                   exclusions; `jaxlm selftest scaling` names its sources
   13  downstream errors that cancel               cancelling_errors (`two_step` reports both steps)
-  14  small samples look precise                  too_few_points (refusal), few_points, few_optima
+  14  small samples look precise                  too_few_points, too_few_N, too_few_D (refusals), few_points,
+                                                  few_optima
   15  units, shared evaluation noise              different_tables, different_columns, no_seed_noise,
                                                   sigma_too_small, odd_units
   16  repeated tokens in a single-epoch law       multi_epoch
@@ -33,7 +34,8 @@ The pitfalls of the literature, and what stands against each:
                                                   of the (Mis)Fitting checklist, and the report prints them
 
 Beyond these: extrapolation, draws_without_optimum, curve_without_optimum, no_optimum, no_interval
-(`predict`), narrow_range, flops_by_6nd, residual_trend, exponents_do_not_add, no_envelope.
+(`predict`), narrow_range, flops_by_6nd, residual_trend, exponents_do_not_add, no_envelope, at_bound,
+poor_fit.
 """
 
 import itertools
@@ -62,7 +64,7 @@ Array = np.ndarray
 
 
 def require(runs: int, parameters: int, what: str) -> None:
-    """Refuses a fit with no residual degree of freedom: `too_few_points`."""
+    """Refuses a fit with no residual degree of freedom, `too_few_points`; see also `rank.require_rank`."""
     if runs <= parameters:
         text = (
             f"{what} has {parameters} free parameters and {runs} runs: it needs {parameters + 1} at least, "
@@ -261,11 +263,11 @@ def without_largest(fit: Fit, points: Points) -> tuple[dict[str, float], dict[st
 
     r, jac = (v[0] for v in problem.residuals(phi))
     kept = weights > 0
-    deviation = (
-        1.4826 * float(np.median(np.abs(r[kept]))) * math.sqrt(kept.sum() / (kept.sum() - jac.shape[1]))
-    )
+    spare = max(int(kept.sum()) - jac.shape[1], 1)
+    deviation = 1.4826 * float(np.median(np.abs(r[kept]))) * math.sqrt(kept.sum() / spare)
     cov = deviation**2 * np.linalg.pinv((jac[kept] * weights[kept, None]).T @ jac[kept])
-    spread = np.sqrt(np.einsum("pf,fg,pg->p", problem.basis, cov, problem.basis))
+    # Of a direction that no run constrains, rounding can make the variance negative.
+    spread = np.sqrt(np.maximum(np.einsum("pf,fg,pg->p", problem.basis, cov, problem.basis), 0.0))
     judged = [i for i, name in enumerate(law.names) if name not in law.logs and name != "E"]
     rows = np.arange(len(points)) if points.rows is None else points.rows
     errors = {law.names[i]: float(spread[i]) for i in judged}

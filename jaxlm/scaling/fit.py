@@ -17,6 +17,7 @@ from jaxlm.scaling import diagnostics, optima, solve, uncertainty
 from jaxlm.scaling.laws import UNBOUNDED, Law, get_law
 from jaxlm.scaling.lines import percentiles
 from jaxlm.scaling.problem import OBJECTIVES, TINY, Problem, make_problem
+from jaxlm.scaling.rank import require_rank
 from jaxlm.scaling.record import SURFACES, Fit
 from jaxlm.scaling.table import Points
 from jaxlm.scaling.varpro import solve_varpro
@@ -83,6 +84,7 @@ def run_fit(
         free = len(get_law(law).names) - len(fixed) - len(ties)
         diagnostics.require(len(points), free, f"law={law!r}")
         problem = make_problem(points, law, objective, delta, fixed=fixed, ties=ties, bounds=bounds)
+        require_rank(problem, points, law)
         fit = _fit_surface(points, problem, law, method, labels, **options)
         kept = dict(fixed=dict(fixed), ties=list(ties), bounds={k: list(v) for k, v in bounds.items()})
         fit = dataclasses.replace(fit, settings=fit.settings | kept)
@@ -145,7 +147,8 @@ def _fit_surface(
     p = problem.parameters(found.phi)
     parameters = dict(zip(names, map(float, p), strict=True))
     free = [i for i, row in enumerate(problem.basis) if np.any(row) or names[i] in problem.law.mixed]
-    notes += _at_bounds(problem, found.phi)
+    at_bounds = _at_bounds(problem, found.phi)
+    notes += at_bounds
     derived = _derived(problem, p)
     samples = uncertainty.Bootstrap(np.zeros((0, len(names))), "none", 0, 0)
     if draws:
@@ -208,6 +211,7 @@ def _fit_surface(
             "draws": draws,
             "seed": seed,
             "profile": profile,
+            "at_bounds": at_bounds,
             "weighted": points.sigma is not None,
             "polish": found.polish,
             "tolerance": solve.TOLERANCE,
@@ -307,6 +311,8 @@ def _intervals(
             variance = float(slope @ getattr(shape, kind) @ slope)
             if not (np.isfinite(variance) and variance >= 0):
                 continue  # a direction that no run constrains: no interval, and not one of no width
+            if variance == 0 and name in law.names:
+                continue  # at its bound, where there is no curvature
             error = float(np.sqrt(variance))
             ends = uncertainty.delta_interval(float(value), error, shape.dof, level, positive)
             low, high = _public_limits(law, name)

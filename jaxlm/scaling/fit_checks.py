@@ -10,6 +10,10 @@ from jaxlm.scaling.laws import LAWS
 from jaxlm.scaling.record import Fit
 from jaxlm.scaling.table import Points
 
+LOOSE = {"L": 0.05}  # robust deviation of the log residuals beyond which a law describes no table, by target
+LOOSE_ELSE = 0.3  # of other targets: a tuned learning rate is known to a factor
+RIDGE = 10.0  # ends of an interval over each other, of a positive parameter that is no level of a power
+LEVELS = ("N_c", "D_c")  # of powers in laws that are no sum: as wide as the exponent lets them be
 REACHED = 1e-6  # gap to the best objective, relative, at which a start counts as arrived
 
 
@@ -68,6 +72,13 @@ def residuals(fit: Fit, points: Points) -> Found:
         return []
     out: Found = []
     spread = 1.4826 * float(np.median(np.abs(r - np.median(r)))) * math.sqrt(len(r) / (len(r) - free))
+    target = LAWS[fit.law].target if fit.law in LAWS else "L"
+    if spread > (most := LOOSE.get(target, LOOSE_ELSE)):
+        text = (
+            f"the robust deviation of the log residuals of {target} is {spread:.1%}, over {most:.0%}: the "
+            "law does not describe this table. Check the columns and their units, and look at the residuals"
+        )
+        out += found("poor_fit", "warning", text, spread)
     far = int((np.abs(r - np.median(r)) > 4 * spread).sum())
     if far >= max(2, 0.01 * len(r)):
         quantiles = ", ".join(f"{v:+.2%}" for v in np.quantile(r, [0.01, 0.25, 0.5, 0.75, 0.99]))
@@ -96,15 +107,14 @@ def residuals(fit: Fit, points: Points) -> Found:
 
 
 def _widest(fit: Fit, name: str) -> list | None:
-    """The range that profile and bootstrap cover together, else that of the covariance; None without any.
+    """The range that profile and bootstrap cover together; without a profile, the covariance stands for it.
 
     A parameter is as loose as the widest of its intervals says: reports print the bootstrap, and a profile is
-    narrower where a few runs decide.
+    narrower where a few runs decide. None without any interval.
     """
     kept = fit.intervals.get(name, {})
-    found = [kept[kind] for kind in ("profile", "bootstrap") if kept.get(kind)]
-    if not found and kept.get("gauss_newton"):
-        found = [kept["gauss_newton"]]
+    kinds = ("bootstrap", "profile" if kept.get("profile") else "gauss_newton")
+    found = [kept[kind] for kind in kinds if kept.get(kind)]
     if not found:
         return None
     lows, highs = zip(*found, strict=True)
@@ -142,11 +152,16 @@ def identification(fit: Fit, points: Points) -> Found:
             )
             out += found("E_not_identified", "warning", text, value)
     law = LAWS.get(fit.law)
+    levels = {*LEVELS, *(c for c, _ in law.terms)} if law else set()
     for name in fit.names:
-        if law is None or name == floor or name in law.logs:
+        if law is None or name == floor or name in levels:
             continue
         ends = _widest(fit, name)
-        wide = ends is not None and None not in ends and ends[1] - ends[0] > abs(fit.parameters[name])
+        wide = ends is not None and None not in ends
+        if wide and name in law.logs:
+            wide = ends[1] > RIDGE * ends[0]
+        elif wide:
+            wide = ends[1] - ends[0] > abs(fit.parameters[name])
         if wide or _open(fit, name):
             text = (
                 f"{name} = {fit.parameters[name]:.4g} lies on a flat ridge: "
@@ -154,6 +169,20 @@ def identification(fit: Fit, points: Points) -> Found:
                 + f" at {fit.level:.0%}. Other values fit as well and predict other optima"
             )
             out += found("flat_ridge", "warning", text, [name, *(ends or [])])
+    return out
+
+
+def at_bound(fit: Fit, points: Points) -> Found:
+    """Parameters that ended at a bound: the data want a value that the law, or the user, does not take."""
+    bounded = fit.settings.get("bounds", {})
+    out: Found = []
+    for text in fit.settings.get("at_bounds", ()):
+        name = text.split()[0]
+        whose = "that --bound gives" if name in bounded else "of the law itself"
+        what = (
+            f"{text} ({whose}): {name} = {fit.parameters[name]:.6g} is no estimate, and it has no covariance"
+        )
+        out += found("at_bound", "note" if name in bounded else "warning", what, name)
     return out
 
 
@@ -212,4 +241,4 @@ def influence(
     return out
 
 
-CHECKS = (few_points, start_scatter, residuals, intervals, identification)
+CHECKS = (few_points, start_scatter, residuals, at_bound, intervals, identification)

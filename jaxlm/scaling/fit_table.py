@@ -16,6 +16,7 @@ from jaxlm.errors import UserError, check, check_choice
 from jaxlm.scaling import diagnostics, table
 from jaxlm.scaling.fit import METHODS, SAME, run_fit
 from jaxlm.scaling.laws import get_law
+from jaxlm.scaling.lines import Refusal
 from jaxlm.scaling.record import SURFACES, Fit, save_fit
 from jaxlm.scaling.table import Points
 
@@ -176,9 +177,10 @@ def fit_command(
                 aside = ["--fix, --tie and --bound are of the law's parameters: these lines are free of them"]
             try:
                 fit = run_fit(points, law, name, **given)
-            except UserError as error:
+            except UserError as plain:
+                error = _with_left_out(plain, excluded, len(part))
                 if len(methods) == 1 and not label:
-                    raise
+                    raise error from None
                 refused.append(f"{title}{name}: {error}")
                 console.print(f"[red]{escape(title)}{name} refused[/]: {escape(str(error))}")
                 continue
@@ -200,6 +202,16 @@ def fit_command(
     if not fits:
         raise UserError("nothing was fitted: " + "; ".join(refused))
     return fits
+
+
+def _with_left_out(error: UserError, excluded: Sequence[table.Exclusion], rows: int) -> UserError:
+    """The same refusal with what had left the table before it came to the fit."""
+    if not excluded:
+        return error
+    text = f"{error}. Of {rows} rows {len(excluded)} were left out: {table.left_out(excluded)}"
+    if isinstance(error, Refusal):
+        return Refusal(error.name, text.removeprefix(f"{error.name}: "))
+    return UserError(text)
 
 
 def _folder_name(label: str) -> str:
@@ -270,9 +282,8 @@ def describe(fit: Fit, title: str) -> list:
     for item in fit.excluded:
         rules[item["rule"]] = rules.get(item["rule"], 0) + 1
     left_out = ", ".join(f"{count} by {rule}" for rule, count in rules.items()) or "none"
-    lines = [
-        f"{len(fit.residuals)} points, left out: {left_out}; residual deviation of the log {fit.sigma:.4%}",
-    ]
+    used = f"{len(next(iter(fit.points.values()), fit.residuals))} points, left out: {left_out}"
+    lines = [used + (f"; residual deviation of the log {fit.sigma:.4%}" if fit.residuals else "")]
     if fit.method in SURFACES:
         same = sum(abs(s["gap"]) <= SAME * abs(fit.value) + 1e-25 for s in fit.starts)
         size = f" delta={fit.delta:g}" if fit.objective == "huber" else ""

@@ -20,7 +20,7 @@ import numpy as np
 from jaxlm.errors import UserError, check, check_choice, nearest
 from jaxlm.scaling.forms import Array, Features
 from jaxlm.scaling.laws import EXPONENT, UNBOUNDED, Law, features, get_law, to_parameters
-from jaxlm.scaling.table import Points
+from jaxlm.scaling.table import SHARES, Points
 
 OBJECTIVES = ("huber", "lad", "mse", "log_mse")
 COEFFICIENT = (-30.0, 12.0)  # log of a power term over the mean target, at the mean point
@@ -133,6 +133,12 @@ def make_problem(
             bool(good.all()),
             f"law {law!r}: {role} of point {int(np.argmin(good))} is {given[role][~good][:1]}",
         )
+        large = given[role] > 1 if role in SHARES else np.zeros(0, bool)
+        at = int(np.argmax(large)) if large.any() else 0
+        text = (
+            f"law {law!r}: {role} of point {at} is {given[role][at]:g}, above 1: it is read as a share, from "
+        )
+        check(not large.any(), text + "0 to 1. Divide percent by 100")
     x, y = features({role: given[role] for role in form.inputs}), np.asarray(given[form.target], float)
     weights = np.ones(len(y))
     if points.sigma is not None:
