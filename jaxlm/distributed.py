@@ -6,12 +6,13 @@ as processes that do different things wait for each other for ever.
 """
 
 import contextlib
+import dataclasses
 import os
 import pickle
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -24,47 +25,78 @@ from jaxlm.errors import UserError, check
 
 T = TypeVar("T")
 
-# Launchers that say in the environment how many processes they started: a variable that must be there beside
-# the one with the number. What needs a server to be asked (TPU VMs, Kubernetes) is `coordinator="auto"`.
-LAUNCHERS = {
-    "SLURM": ("SLURM_STEP_NODELIST", "SLURM_NTASKS"),
-    "Open MPI": ("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_SIZE"),
-}
+
+@dataclasses.dataclass(frozen=True)
+class Launcher:
+    """What starts several processes, and the variables in which it tells each of them its place."""
+
+    name: str
+    sign: str  # what JAX must be told to find the others; '' = JAX cannot
+    count: str  # processes in all
+    rank: str  # this one's number
+    local: str  # its number on its machine
+    started: str = ""  # is set in its processes and in no other; '' = `count` is
 
 
-def launcher(environment: dict[str, str]) -> str:
-    """The launcher that started this process as one of several, or ''.
+# The first that fits counts: `mpirun` under SLURM leaves the variables of both. What needs a server to be
+# asked (TPU VMs, Kubernetes) is `coordinator="auto"`. Open MPI 5 no longer says where its first process is.
+LAUNCHERS = (
+    Launcher(
+        "Open MPI",
+        "OMPI_MCA_orte_hnp_uri",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+    ),
+    # A batch script, which is one process, has the number of tasks too, but no step.
+    Launcher(
+        "SLURM", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST"
+    ),
+    Launcher("MPI", "", "PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID"),
+)
 
-    >>> launcher({"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2"}), launcher({"SLURM_NTASKS": "2"})
-    ('SLURM', '')
+
+def launcher(environment: Mapping[str, str]) -> Launcher | None:
+    """The launcher that started this process as one of several; None = it is alone.
+
+    >>> launcher({"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2"}).name
+    'SLURM'
+    >>> launcher({"SLURM_NTASKS": "2"})
     """
-    for name, (sign, count) in LAUNCHERS.items():
-        if sign in environment and int(environment.get(count, "1")) > 1:
-            return name
-    return ""
+    for each in LAUNCHERS:
+        if (each.started or each.count) in environment and int(environment.get(each.count, "1")) > 1:
+            return each
+    return None
 
 
 def start(coordinator: str = "", num_processes: int | None = None, process_id: int | None = None) -> None:
     """Join the other processes; before anything asks JAX for its devices. Alone, nothing happens.
 
     Args:
-        coordinator: `host:port` of process 0, with the next two; 'auto' = as `jax.distributed.initialize()`
-            finds out (SLURM, Open MPI, TPU VM, GKE, Kubernetes); '' = so too if a launcher's variables say
-            that there are several processes.
+        coordinator: `host:port` of process 0, with the next two or under a launcher that tells them; 'auto' =
+            as `jax.distributed.initialize()` finds out (SLURM, Open MPI 4, TPU VM, GKE, Kubernetes); '' = so
+            too if a launcher's variables say that there are several processes.
         num_processes: in all.
         process_id: this one's number, from 0.
 
     Raises:
-        UserError: flags that do not belong together, or nobody to join.
+        UserError: flags that do not belong together, nobody to join, or several processes that were started
+            without being told where the first is: each would train alone.
     """
     given = {"--num_processes": num_processes, "--process_id": process_id}
+    several = launcher(os.environ)
     if coordinator in ("", "auto"):
         for name, value in given.items():
             check(value is None, f"{name}={value} needs --coordinator=HOST:PORT, the address of process 0")
-        if coordinator == "" and not launcher(dict(os.environ)):
+        if (coordinator == "" and several is None) or jax.distributed.is_initialized():
             return
-        if jax.distributed.is_initialized():
-            return
+        if coordinator == "" and several.sign not in os.environ:
+            raise UserError(
+                f"{several.name} started {os.environ[several.count]} processes ({several.count}), but does "
+                "not say where the first one is: add --coordinator=HOST:PORT, the machine of process 0 and a "
+                "free port there, such as 10.0.0.1:8476; the numbers are then taken from "
+                f"{several.count} and {several.rank}. For lone runs, unset {several.count}"
+            )
         try:
             jax.distributed.initialize()
         except ValueError as error:  # no cluster that JAX knows
@@ -73,6 +105,11 @@ def start(coordinator: str = "", num_processes: int | None = None, process_id: i
                 "--coordinator=HOST:PORT --num_processes=N --process_id=I"
             ) from error
         return
+    local = None
+    if several is not None and num_processes is None and process_id is None and several.rank in os.environ:
+        num_processes, process_id = int(os.environ[several.count]), int(os.environ[several.rank])
+        given = {several.count: num_processes, several.rank: process_id}
+        local = [int(os.environ[several.local])] if several.local in os.environ else None  # its own GPU
     for name, value in given.items():
         check(value is not None, f"--coordinator={coordinator} needs {name}")
     host, colon, port = coordinator.rpartition(":")
@@ -80,11 +117,9 @@ def start(coordinator: str = "", num_processes: int | None = None, process_id: i
         bool(host and colon and port.isdigit()),
         f"--coordinator={coordinator!r} is not HOST:PORT, such as 10.0.0.1:8476",
     )
-    check(
-        0 <= process_id < num_processes,
-        f"--process_id={process_id} is not in [0, --num_processes={num_processes})",
-    )
-    jax.distributed.initialize(coordinator, num_processes, process_id)
+    (count_name, count), (rank_name, rank) = given.items()
+    check(0 <= rank < count, f"{rank_name}={rank} is not in [0, {count_name}={count})")
+    jax.distributed.initialize(coordinator, count, rank, local_device_ids=local)
 
 
 def is_chief() -> bool:

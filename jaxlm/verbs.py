@@ -68,9 +68,9 @@ def _train_flags(values: flags.FlagValues) -> None:
         "coordinator",
         "",
         "HOST:PORT of process 0 of several that train together; 'auto' = as JAX finds out (TPU VM, GKE); "
-        "SLURM and Open MPI need no flag",
+        "SLURM and Open MPI 4 need no flag, Open MPI 5 and other MPIs this one",
     )
-    _integer(values, "num_processes", None, "with --coordinator: processes in all", 1)
+    _integer(values, "num_processes", None, "with --coordinator: processes in all; default: as MPI says", 1)
     _integer(values, "process_id", None, "with --coordinator: number of this one, from 0")
 
 

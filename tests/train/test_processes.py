@@ -261,3 +261,64 @@ def test_one_process_alone_agrees_with_itself():
 def test_flags_that_do_not_belong_together(flags, message):
     with pytest.raises(UserError, match=message):
         distributed.start(*flags)
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets the variables of a launcher, and returns what JAX is asked to join with."""
+    asked = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kw: asked.append((args, kw)))
+    for each in distributed.LAUNCHERS:
+        for name in (each.sign, each.count, each.rank, each.local):
+            monkeypatch.delenv(name or each.count, raising=False)
+
+    def put(**variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, str(value))
+        return asked
+
+    return put
+
+
+OPEN_MPI_5 = dict(OMPI_COMM_WORLD_SIZE=4, OMPI_COMM_WORLD_RANK=3, OMPI_COMM_WORLD_LOCAL_RANK=1)
+STEP = dict(SLURM_STEP_NODELIST="n[1-2]", SLURM_NTASKS=2, SLURM_PROCID=1, SLURM_LOCALID=0)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        (OPEN_MPI_5, r"Open MPI started 4 processes \(OMPI_COMM_WORLD_SIZE\).* add --coordinator=HOST:PORT"),
+        (OPEN_MPI_5 | STEP, "Open MPI started 4 processes"),  # its daemons are started by srun
+        (dict(PMI_SIZE=2, PMI_RANK=0), r"MPI started 2 processes .* taken from PMI_SIZE and PMI_RANK"),
+    ],
+)
+def test_processes_that_cannot_find_each_other_do_not_train_alone(environment, variables, message):
+    asked = environment(**variables)
+    with pytest.raises(UserError, match=message):
+        distributed.start()
+    assert asked == []
+
+
+def test_launchers_tell_each_process_its_place(environment):
+    asked = environment(SLURM_NTASKS=2, SLURM_PROCID=0)  # a batch script is one process
+    distributed.start()
+    assert asked == []
+    environment(PMI_SIZE=8, PMI_RANK=5)
+    distributed.start("10.0.0.1:80")
+    assert asked.pop() == (("10.0.0.1:80", 8, 5), dict(local_device_ids=None))
+    environment(**STEP)
+    distributed.start()
+    assert asked.pop() == ((), {})  # JAX asks SLURM
+    environment(**OPEN_MPI_5)
+    distributed.start("10.0.0.1:80")
+    assert asked.pop() == (("10.0.0.1:80", 4, 3), dict(local_device_ids=[1]))
+    distributed.start("10.0.0.1:80", 2, 0)  # what is given counts
+    assert asked.pop() == (("10.0.0.1:80", 2, 0), dict(local_device_ids=None))
+    with pytest.raises(UserError, match="needs --process_id"):
+        distributed.start("10.0.0.1:80", 2)
+    environment(OMPI_COMM_WORLD_RANK=4)
+    with pytest.raises(UserError, match=r"OMPI_COMM_WORLD_RANK=4 is not in \[0, OMPI_COMM_WORLD_SIZE=4\)"):
+        distributed.start("10.0.0.1:80")
+    environment(OMPI_MCA_orte_hnp_uri="1.0;tcp://10.0.0.1:34911", OMPI_COMM_WORLD_RANK=3)
+    distributed.start()
+    assert asked.pop() == ((), {})  # Open MPI 4
