@@ -25,10 +25,17 @@ def _preflight_flags(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_boolean("json", False, "print JSON alone", flag_values=values)
     flags.DEFINE_boolean(
-        "search", False, "find the best mesh, remat and microbatches first", flag_values=values
+        "search",
+        False,
+        "find the best mesh, remat, microbatches and attention tiles first",
+        flag_values=values,
     )
     flags.DEFINE_integer(
-        "max_compiles", 4, "layouts that a search compiles", lower_bound=1, flag_values=values
+        "max_compiles",
+        4,
+        "layouts that a search compiles; then the best of them with up to two other tiles",
+        lower_bound=1,
+        flag_values=values,
     )
     text("out", "", "file for the overrides of the best layout that a search finds, JSON")
 

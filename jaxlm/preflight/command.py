@@ -45,7 +45,7 @@ def preflight_command(
         top: collectives to list.
         cache: folder of facts; None = the user's, '' = keep nothing.
         as_json: print JSON alone.
-        search_layouts: try meshes, remat and microbatches in place of the config's.
+        search_layouts: try meshes, remat, microbatches and tiles in place of the config's.
         max_compiles: layouts that the search compiles.
         out: file for the overrides of the best layout, JSON; '' = only print them.
 
@@ -65,6 +65,8 @@ def preflight_command(
 
     def compile_one(cfg: RunConfig) -> tuple[Facts, bool]:
         layout = f"{describe_mesh(cfg.mesh)}, remat {cfg.model.remat}, {cfg.train.microbatches} microbatches"
+        if (attention := cfg.model.attention).tile_q or attention.tile_k:
+            layout += f", tiles {attention.tile_q} x {attention.tile_k}"
         what = f"compiling for {hardware}, {layout}: this can take minutes"
         return facts_of(cfg, hardware, folder, lambda: print(what, file=sys.stderr, flush=True))
 

@@ -10,14 +10,16 @@ x = tokens of the device x D x bytes of an activation, L layers, n the size of t
     tensor    2 (n - 1) / n of 4 L x (6 L x where blocks are rematerialised)
     sequence  (n - 1) of 6 L x (K / N): keys and values of the others, forward, again, and their gradients
     expert    (n - 1) / n of 4 k x for each layer of experts (6 where blocks are rematerialised)
-    pipe      2 x
+    pipe      2 R x, with R blocks of layers a stage (`mesh.pipe_repeats`)
 
 An axis that alone fills a torus with rings in all dimensions sends twice as much for storage: there a TPU
 gathers and scatters by sums of whole arrays (`weights.way`). The time of an axis is its bytes over its links:
 an axis of n of N chips is taken to lie along ceil(dims log n / log N) dimensions of the torus, two links in
-each. An estimate to choose with; the compiler has the last word.
+each. While a pipeline fills and empties, a stage computes what nobody uses: that share of time is added. An
+estimate to choose with; the compiler has the last word.
 """
 
+import collections
 import dataclasses
 import itertools
 import math
@@ -29,8 +31,9 @@ import numpy as np
 
 from jaxlm.chips import Chip, chip_of_kind
 from jaxlm.config import RunConfig
-from jaxlm.errors import UserError
+from jaxlm.errors import UserError, check
 from jaxlm.mesh_rules import preset
+from jaxlm.pipeline import bubble_fraction
 from jaxlm.scaling.memory import Memory
 from jaxlm.sharding import MESH_AXES, MeshConfig
 from jaxlm.train.run import plan
@@ -44,7 +47,7 @@ class Estimate:
 
     memory: Memory
     limit: float  # bytes that a program can have
-    compute: float  # seconds, hardware FLOPs at the peak
+    compute: float  # seconds, hardware FLOPs at the peak, a pipeline's bubble included
     links: float  # seconds of all collectives inside a slice
     dcn: float  # seconds of those between slices
     traffic: dict[str, float]  # mesh axis -> bytes sent
@@ -89,11 +92,12 @@ def estimate(cfg: RunConfig, chip: Chip, num_devices: int, slices: int = 1) -> E
             dims = math.ceil(chip.network.dims * math.log(n) / math.log(max(chips, n, 2)) - 1e-9)
             links = 2 * max(dims, 1) if chip.network.dims > 1 else 1
             seconds += sent * chip.devices / (links * chip.network.link)
-    share = need.tokens_per_step / num_devices
+    share, stages = need.tokens_per_step / num_devices, need.mesh_shape["pipe"]
+    idle = bubble_fraction(stages, cfg.mesh.pipe_microbatches or stages, cfg.mesh.pipe_repeats)
     return Estimate(
         memory=need.memory,
         limit=chip.limit,
-        compute=need.counts.flops_hardware * share / (chip.peak / chip.devices),
+        compute=need.counts.flops_hardware * share / (chip.peak / chip.devices) / (1 - idle),
         links=seconds,
         dcn=between,
         traffic=traffic,
@@ -133,7 +137,7 @@ def axis_traffic(cfg: RunConfig, mesh: dict[str, int], params: int, *, torus: in
         "tensor": 2 * part("tensor") * passes * layers * x,
         "sequence": (mesh["sequence"] - 1) * 6 * layers * x * heads / mesh["tensor"],
         "expert": part("expert") * passes * moe * x,
-        "pipe": 2 * x if mesh["pipe"] > 1 else 0.0,
+        "pipe": 2 * cfg.mesh.pipe_repeats * x if mesh["pipe"] > 1 else 0.0,
     }
     return {axis: storage[axis] + asked.get(axis, 0.0) for axis in MESH_AXES}
 
@@ -141,32 +145,43 @@ def axis_traffic(cfg: RunConfig, mesh: dict[str, int], params: int, *, torus: in
 def meshes(cfg: RunConfig, num_devices: int, slices: int = 1) -> Iterator[MeshConfig]:
     """Layouts worth asking about; many of them will not divide the model.
 
-    `data` is as large as the slices; `fsdp` takes what tensor (up to 16), expert and sequence leave. More
-    `data` in place of `fsdp` saves gathers where the state fits, so a few of those follow; so does storage
-    over two axes, neither of which fills the torus, where the config has no rule of its own for `embed`.
+    `pipe` stays as the config has it. `data` is as large as the slices, unless `pipe` crosses them; `fsdp`
+    takes what pipe, tensor (up to 16), expert and sequence leave. More `data` in place of `fsdp` saves
+    gathers where the state fits, so a few of those follow; so does storage over two axes, neither of which
+    fills the torus, where the config has no rule of its own for `embed`.
+
+    Raises:
+        UserError: a `pipe` that the devices or the slices do not divide by.
     """
+    pipe, across = cfg.mesh.pipe, slices if cfg.mesh.dcn == "data" else 1
+    check(pipe > 0, f"mesh.pipe={pipe}: stages are not searched for, give their number")
+    check(
+        num_devices % (pipe * across) == 0 and (across == slices or pipe % slices == 0),
+        f"mesh.pipe={pipe} stages, which are not searched for, do not share out {num_devices} devices in "
+        f"{slices} slice(s) with mesh.dcn={cfg.mesh.dcn!r}",
+    )
     tensors = [n for n in (1, 2, 4, 8, 16) if cfg.model.attention.num_heads % n == 0]
     experts = _divisors(cfg.model.moe.num_experts) if cfg.model.num_moe_layers else [1]
     sequences = [1, 2, 4, 8, 16, 32, 64]
     for tensor, expert, sequence in itertools.product(tensors, experts, sequences):
-        used = slices * tensor * expert * sequence
+        used = pipe * across * tensor * expert * sequence
         if num_devices % used:
             continue
         rest = num_devices // used
         # Columns are split only when there are not rows enough.
-        if sequence > 1 and cfg.data.batch_size >= slices * rest * expert * sequence:
+        if sequence > 1 and cfg.data.batch_size >= pipe * across * rest * expert * sequence:
             continue
-        others = dict(tensor=tensor, expert=expert, sequence=sequence, pipe=1, slices=slices)
+        others = dict(tensor=tensor, expert=expert, sequence=sequence, slices=slices)
         for more in (1, 4, rest):
             if rest % more == 0 and (more == 1 or more < rest or more == rest > 4):
-                yield dataclasses.replace(cfg.mesh, data=slices * more, fsdp=rest // more, **others)
+                yield dataclasses.replace(cfg.mesh, data=across * more, fsdp=rest // more, **others)
         inner = 2 ** (int(math.log2(rest)) // 2)
         if "embed" in dict(cfg.mesh.rules) or inner < 4 or rest % inner:
             continue
-        if slices == 1:
+        if across == 1:
             outer, sizes = "data", dict(data=rest // inner, fsdp=inner)
         elif not cfg.model.num_moe_layers:  # `data` leaves the slice; a dense model has no use for `expert`
-            outer, sizes = "expert", dict(data=slices, fsdp=inner, expert=rest // inner)
+            outer, sizes = "expert", dict(data=across, fsdp=inner, expert=rest // inner)
         else:
             continue
         rules = (*cfg.mesh.rules, ("embed", f"{outer} fsdp"))
@@ -192,8 +207,28 @@ def ranked(
     return sorted(found, key=lambda item: item[1].seconds)
 
 
+def why_none(
+    configs: Iterator[RunConfig] | Sequence[RunConfig], chip: Chip, num_devices: int, slices: int = 1
+) -> str:
+    """Why `ranked` finds nothing: what refuses most of them, or what the smallest needs."""
+    refused: collections.Counter[str] = collections.Counter()
+    smallest = math.inf
+    for cfg in configs:
+        try:
+            smallest = min(smallest, estimate(cfg, chip, num_devices, slices).memory.total)
+        except UserError as error:
+            refused[str(error)] += 1
+    if smallest < math.inf:
+        return (
+            f"the smallest needs {smallest / 2**30:.1f} GiB by the estimate, more than {HEADROOM:.0%} of "
+            f"{chip.limit / 2**30:.1f} GiB: take more chips, model.remat='full', or more train.microbatches"
+        )
+    ((message, count),) = refused.most_common(1)
+    return f"none divides the model and its rows ({count} of {refused.total()} are refused so: {message})"
+
+
 def choose_mesh(cfg: RunConfig, chip: Chip, num_devices: int, slices: int = 1) -> MeshConfig:
-    """The mesh that the estimate finds fastest for a run, of those that fit.
+    """The mesh that the estimate finds fastest for a run, of those that fit; with the config's `pipe`.
 
     Raises:
         UserError: none of them does.
@@ -201,10 +236,10 @@ def choose_mesh(cfg: RunConfig, chip: Chip, num_devices: int, slices: int = 1) -
     tried = (dataclasses.replace(cfg, mesh=mesh) for mesh in meshes(cfg, num_devices, slices))
     found = ranked(tried, chip, num_devices, slices)
     if not found:
+        tried = (dataclasses.replace(cfg, mesh=mesh) for mesh in meshes(cfg, num_devices, slices))
         raise UserError(
-            f"no mesh of {num_devices} devices divides this model and its {cfg.data.batch_size} rows "
-            f"and leaves it within {HEADROOM:.0%} of {chip.limit / 2**30:.1f} GiB: take more chips, "
-            f"model.remat='full', or more train.microbatches; sizes that are given are not held to that"
+            f"no mesh of {num_devices} devices will do: {why_none(tried, chip, num_devices, slices)}"
+            "; sizes that are given are not held to that"
         )
     return found[0][0].mesh
 
@@ -231,7 +266,7 @@ def resolve_mesh(cfg: RunConfig, kind: str, num_devices: int, slices: int = 1) -
         mesh = choose_mesh(dataclasses.replace(cfg, mesh=asked), chip, num_devices, slices)
     else:
         rule, _ = preset(f"{kind} x {num_devices}")
-        sizes = dict.fromkeys(MESH_AXES, 1) | rule.mesh
+        sizes = dict.fromkeys(MESH_AXES, 1) | rule.mesh | dict(pipe=asked.pipe)
         mesh = dataclasses.replace(asked, **sizes)
     return dataclasses.replace(cfg, mesh=mesh)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import types
 
 import pytest
@@ -21,7 +22,7 @@ from jaxlm.preflight.planner import (
     ranked,
     resolve_mesh,
 )
-from jaxlm.preflight.search import search, variants
+from jaxlm.preflight.search import Candidate, retiled, search, tiles, variants
 from jaxlm.preflight.topology import parse_topology
 from jaxlm.sharding import MeshConfig
 from jaxlm.train.run import plan
@@ -241,6 +242,83 @@ def test_the_command_writes_the_overrides(tmp_path, capsys, monkeypatch):
     tree = json.loads(capsys.readouterr().out)
     assert tree["overrides"] == overrides
     assert tree["ranking"][0].items() >= overrides.items()
+
+
+def piped(cfg, **mesh):
+    return dataclasses.replace(cfg, mesh=MeshConfig(pipe=2, pipe_microbatches=2, **mesh))
+
+
+def test_a_search_keeps_the_stages(llama):
+    """Around `pipe` as given, also where it crosses the slices; a message that names it if it cannot be."""
+    hardware = parse_topology("v5p:4x4x4")
+    for cfg, slices, data in (
+        (piped(llama), 1, 1),
+        (piped(llama, dcn="pipe"), 2, 1),
+        (piped(llama), 2, 2),
+    ):
+        tried = list(meshes(cfg, 64 * slices, slices))
+        assert {mesh.pipe for mesh in tried} == {2}
+        assert min(mesh.data for mesh in tried) == data
+        assert all(math.prod(mesh.shape(64 * slices)) == 64 * slices for mesh in tried)
+        assert len({(mesh.fsdp, mesh.tensor) for mesh in tried}) > 3
+    compiled, _ = search(piped(llama), hardware, lambda cfg: facts(cfg, hardware), max_compiles=2)
+    assert compiled[0].overrides["mesh.pipe"] == 2
+    assert choose_mesh(piped(llama), V5P, 64).pipe == 2
+    assert resolve_mesh(piped(llama, auto=True), "cpu", 8).mesh.shape(8)[:2] == (2, 4)
+    for cfg, message in (
+        (
+            dataclasses.replace(llama, mesh=MeshConfig(data=1, pipe=-1)),
+            "mesh.pipe=-1: stages are not searched",
+        ),
+        (piped(llama, dcn="pipe", slices=4), r"mesh.pipe=2 stages.* in 4 slice\(s\) with mesh.dcn='pipe'"),
+        (dataclasses.replace(llama, mesh=MeshConfig(pipe=3)), "mesh.pipe=3 stages.* 64 devices in 1 slice"),
+    ):
+        with pytest.raises(UserError, match=message):
+            search(cfg, parse_topology("v5p:4x4x4", cfg.mesh.slices), types.SimpleNamespace, max_compiles=1)
+
+
+def test_stages_wait_while_a_pipeline_fills(llama):
+    flat, deep = on(llama, dict(data=1, fsdp=64)), on(llama, dict(data=1, fsdp=32, pipe=2))
+    assert estimate(deep, V5P, 64).compute == pytest.approx(1.5 * estimate(flat, V5P, 64).compute)
+
+
+def test_a_search_that_finds_nothing_says_why(llama):
+    hardware = parse_topology("v5e:2x2")
+    with pytest.raises(UserError, match=r"the smallest needs \d+\.\d GiB .* take more chips"):
+        search(llama, hardware, types.SimpleNamespace, max_compiles=1)
+    odd = dataclasses.replace(llama, data=dataclasses.replace(llama.data, batch_size=3, seq_len=8191))
+    with pytest.raises(UserError, match=r"none divides .* refused so: .*batch_size=3 is not divisible"):
+        search(odd, parse_topology("v5p:4x4x4"), types.SimpleNamespace, max_compiles=1)
+
+
+def test_a_search_tries_other_tiles_of_the_best(llama):
+    """Half and twice the kernel's own, and they must win clearly; a backend without tiles has none."""
+    hardware, asked = parse_topology("v5p:4x4x4"), []
+    attention = dataclasses.replace(llama.model.attention, backend="splash")
+    cfg = dataclasses.replace(llama, model=dataclasses.replace(llama.model, attention=attention))
+
+    def compile_one(cfg, own_fits=True):
+        asked.append(cfg)
+        found, own = facts(cfg, hardware), cfg.model.attention.tile_q == 0
+        return dataclasses.replace(found, shortage=None if own_fits or not own else Shortage(2e11, 1e11, ""))
+
+    compiled, _ = search(cfg, hardware, compile_one, max_compiles=40)
+    assert [tiles(each) for each in asked[:40]] == [(512, 512)] * 40
+    assert [tiles(each) for each in asked[40:]] == [(256, 256), (1024, 1024)]
+    best, *others = compiled
+    assert best.overrides.items() >= {"model.attention.tile_q": 0, "model.attention.tile_k": 0}.items()
+    half = next(each for each in others if tiles(each.cfg) == (256, 256))
+    assert half.cfg.mesh == best.cfg.mesh
+    assert half.report.hardware_flops < best.report.hardware_flops  # fewer hidden scores
+    assert half.score < best.score  # by less than what counts
+    only = search(cfg, hardware, lambda cfg: compile_one(cfg, own_fits=False), max_compiles=40)[0][0]
+    assert only.overrides["model.attention.tile_q"] in (256, 1024)
+    written = dataclasses.replace(attention, backend="reference")
+    plain = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, attention=written))
+    assert list(retiled(plain, 64)) == []
+    assert "model.attention.tile_q" not in Candidate(plain, best.estimate).overrides
+    split = dataclasses.replace(best.cfg, mesh=MeshConfig(data=1, fsdp=4, sequence=16))
+    assert [tiles(each) for each in retiled(split, 64)] == [(256, 256)]  # of 512 columns a device
 
 
 def test_a_search_needs_numbers_of_the_chip(llama):
