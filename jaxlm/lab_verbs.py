@@ -50,6 +50,9 @@ def _plan_flags(values: flags.FlagValues) -> None:
     )
     _real(values, "gflops", 0.0, "sustained GFLOP/s of a run, in place of a measurement; 0 = measure", 0)
     _real(values, "price", 0.0, "of an hour of one chip (or of this machine); 0 = do not price", 0)
+    _switch(
+        values, "preflight", False, "compile every shape for --chip that `jaxlm preflight` has not compiled"
+    )
 
 
 def _plan(values: flags.FlagValues, positional: Sequence[str], config: Any) -> int:
@@ -57,7 +60,7 @@ def _plan(values: flags.FlagValues, positional: Sequence[str], config: Any) -> i
 
     no_positional("plan", positional)
     need(values, "plan", "workdir")
-    names = ("name", "dry_run", "chip", "num_chips", "mfu", "gflops", "price")
+    names = ("name", "dry_run", "chip", "num_chips", "mfu", "gflops", "price", "preflight")
     return plan_command(config, values.workdir, **{name: values[name].value for name in names})
 
 

@@ -115,8 +115,19 @@ class Facts:
         return cls(**{**tree, **made})
 
 
-def compile_step(cfg: RunConfig, topology: Topology) -> Facts:
-    """Compile the step that `train` would run on that hardware.
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    """A training step on its way to the compiler."""
+
+    program: Any  # jax.stages.Lowered
+    target: Any  # abstract state
+    batch: Mapping[str, jax.ShapeDtypeStruct]
+    mesh: Any
+    seconds: Mapping[str, float]  # trace (of the state too), lower
+
+
+def lower_step(cfg: RunConfig, topology: Topology) -> Lowered:
+    """Trace and lower the step that `train` would run on that hardware; nothing is compiled.
 
     Raises:
         UserError: shapes that do not fit together, a mesh that does not fit the topology, no compiler.
@@ -130,24 +141,37 @@ def compile_step(cfg: RunConfig, topology: Topology) -> Facts:
     some_bytes = np.ones(cfg.model.vocab_size, np.float32)
     shared = dict(microbatches=cfg.train.microbatches, token_bytes=some_bytes, data_format=cfg.data.format)
     options = dict(cfg.mesh.compiler_options)
+    clock = [time.perf_counter()]
     built = programs_on(layout, cfg.model, loss, cfg.optim, options, **shared)
     batch = _abstract_batch(cfg, layout)
     numbers = {name: jax.ShapeDtypeStruct((), np.float32) for name in ("lr", "weight_decay", "b2")}
-    clock = [time.perf_counter()]
     with use(layout):
         traced = built.step.trace(built.target, None, (batch, numbers))
         clock.append(time.perf_counter())
-        lowered = traced.lower()
+        program = traced.lower()
         clock.append(time.perf_counter())
-        compiled, shortage = None, None
-        try:
-            with captured_stderr() as log:
-                compiled = lowered.compile(gpu.COMPILER_OPTIONS if topology.platform == "gpu" else None)
-        except jax.errors.JaxRuntimeError as error:
-            shortage = parse_shortage(str(error))
-            if shortage is None:
-                raise
-    clock.append(time.perf_counter())
+    seconds = {name: b - a for name, a, b in zip(("trace", "lower"), clock[:-1], clock[1:], strict=True)}
+    return Lowered(program, built.target, batch, mesh, seconds)
+
+
+def compile_step(cfg: RunConfig, topology: Topology) -> Facts:
+    """Compile the step that `train` would run on that hardware.
+
+    Raises:
+        UserError: as `lower_step`.
+    """
+    cfg = on_slices(cfg, topology)
+    lowered = lower_step(cfg, topology)
+    mesh, began = lowered.mesh, time.perf_counter()
+    compiled, shortage = None, None
+    try:
+        with captured_stderr() as log:
+            compiled = lowered.program.compile(gpu.COMPILER_OPTIONS if topology.platform == "gpu" else None)
+    except jax.errors.JaxRuntimeError as error:
+        shortage = parse_shortage(str(error))
+        if shortage is None:
+            raise
+    seconds = {**lowered.seconds, "compile": time.perf_counter() - began}
     rows, kernels, cycles, unknown, unreadable = None, {}, 0.0, 0, ""
     if compiled is not None:
         try:
@@ -161,13 +185,12 @@ def compile_step(cfg: RunConfig, topology: Topology) -> Facts:
     if topology.platform == "gpu" and memory is not None and memory.allocated > topology.chip.limit:
         # The GPU compiler has no limit of its own.
         shortage = Shortage(memory.allocated, topology.chip.limit, "more than the memory of the GPU")
-    names = ("trace", "lower", "compile")
     return Facts(
         topology=str(topology),
         mesh=dict(mesh.shape),
-        state=_state_bytes(built.target, batch, cfg),
-        host=_local_bytes(built.target, host=True),
-        largest_replicated=_largest_replicated(built.target.params),
+        state=_state_bytes(lowered.target, lowered.batch, cfg),
+        host=_local_bytes(lowered.target, host=True),
+        largest_replicated=_largest_replicated(lowered.target.params),
         memory=memory,
         shortage=shortage,
         collectives=rows,
@@ -176,7 +199,7 @@ def compile_step(cfg: RunConfig, topology: Topology) -> Facts:
         cycles=cycles,
         unknown_loops=unknown,
         replicated=replications(log.text),
-        seconds={name: round(b - a, 3) for name, a, b in zip(names, clock[:-1], clock[1:], strict=True)},
+        seconds={name: round(took, 3) for name, took in seconds.items()},
         versions=versions(topology),
     )
 
@@ -338,6 +361,15 @@ def _source_hash() -> str:
     return digest.hexdigest()
 
 
+def cached_facts(cfg: RunConfig, topology: Topology, cache: Path) -> Facts | None:
+    """What was compiled before; None if nothing was, or if its file cannot be read."""
+    path = cache / f"{cache_key(cfg, topology)}.json"
+    try:
+        return Facts.from_dict(json.loads(path.read_text()))
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
 def facts_of(
     cfg: RunConfig, topology: Topology, cache: Path | None, announce: Callable[[], None] = lambda: None
 ) -> tuple[Facts, bool]:
@@ -348,15 +380,12 @@ def facts_of(
         cache: folder; None = compile and keep nothing.
         announce: called before something is compiled.
     """
-    path = None if cache is None else cache / f"{cache_key(cfg, topology)}.json"
-    if path is not None and path.exists():
-        try:
-            return Facts.from_dict(json.loads(path.read_text())), True
-        except (ValueError, KeyError, TypeError):
-            path.unlink()
+    known = None if cache is None else cached_facts(cfg, topology, cache)
+    if known is not None:
+        return known, True
     announce()
     facts = compile_step(cfg, topology)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, dataclasses.asdict(facts))
+    if cache is not None:
+        cache.mkdir(parents=True, exist_ok=True)
+        write_json(cache / f"{cache_key(cfg, topology)}.json", dataclasses.asdict(facts))
     return facts, False

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
+import itertools
 import math
 import os
 import re
@@ -97,6 +98,29 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
     return Topology(f"{kind}:{dims}", "gpu" if kind in GPUS else "tpu", chip, shape, slices)
 
 
+def likely_topology(chip: str, count: int) -> Topology | None:
+    """The slice of so many chips whose shape is nearest to a cube; None for chips without a compiler here.
+
+    >>> likely_topology("v5p", 128).name, likely_topology("v5p", 4).name, likely_topology("v5e", 8).name
+    ('v5p:4x4x8', 'v5p:2x2x1', 'v5e:2x4')
+    >>> likely_topology("v100", 8)
+    """
+    kind = next((name for name in (*TPUS, *GPUS) if {"tpu7x": "v7x"}.get(name, name) == chip), "")
+    if not kind:
+        return None
+    divisors = [n for n in range(1, count + 1) if count % n == 0]
+    shapes = itertools.combinations_with_replacement(divisors, CHIPS[chip].network.dims)
+    shape = min((shape for shape in shapes if math.prod(shape) == count), key=sum)
+    return parse_topology(f"{kind}:" + "x".join(map(str, sorted(shape, key=lambda n: (n == 1, n)))))
+
+
+def has_compiler(topology: Topology) -> bool:
+    """Whether what compiles for the topology is installed."""
+    return (
+        topology.platform == "cpu" or importlib.util.find_spec(_COMPILERS[topology.platform][0]) is not None
+    )
+
+
 def versions(topology: Topology) -> dict[str, str]:
     """Versions of what compiles."""
     out = {"jax": jax.__version__}
@@ -116,7 +140,7 @@ _COMPILERS = {
 def _need_compiler(topology: Topology) -> tuple[str, str, str]:
     """What compiles for the topology; refused if it is not installed."""
     module, package, extra = _COMPILERS[topology.platform]
-    if importlib.util.find_spec(module) is None:
+    if not has_compiler(topology):
         raise UserError(
             f"--topology={topology.name} needs the {topology.platform.upper()} compiler, which runs without "
             f"one: pip install 'jaxlm[{extra}]'"

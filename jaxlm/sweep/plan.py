@@ -24,9 +24,11 @@ from jaxlm.errors import UserError, check
 from jaxlm.model.models import check_transformer
 from jaxlm.optim import make_schedule
 from jaxlm.preflight.planner import HEADROOM, choose_mesh, describe_mesh, estimate, resolve_here, resolve_mesh
+from jaxlm.preflight.report import Report
+from jaxlm.preflight.topology import Topology
 from jaxlm.scaling import record
 from jaxlm.scaling.counting import count
-from jaxlm.sweep import chips
+from jaxlm.sweep import chips, preflights
 from jaxlm.sweep.grids import Draft, GridConfig, expand
 from jaxlm.sweep.shapes import describe_shape
 from jaxlm.sweep.store import open_store
@@ -65,7 +67,7 @@ class Cell:
     warnings: tuple[str, ...] = ()
     unique_tokens: int = 0  # targets of one epoch of the training data
     epochs: float = 0.0  # passes over the training data
-    memory_bytes: int = 0  # per device, estimated
+    memory_bytes: int = 0  # per device, estimated or by the compiler
     seconds: float = 0.0  # estimated, of the steps that are its own; 0 = not known
 
     @property
@@ -95,6 +97,8 @@ class Hardware:
     gflops: float = 0.0  # sustained GFLOP/s of a run, in place of chip and measurement
     price: float = 0.0  # of an hour of one chip (of this machine)
     measure: bool = True  # time this machine where neither chip nor gflops is given
+    topology: Topology | None = None  # of the chips: what preflights have compiled for it is used
+    preflight: bool = False  # compile for it what they have not
 
 
 # ------------------------------------------------------------------------------------------------ the plan
@@ -142,7 +146,8 @@ def make_plan(
         epochs, unique, held_out = zip(*[_epochs(d.config, datasets) for d in drafts], strict=True)
         _check_epochs(drafts, epochs, unique, grid.allow_epochs)
         seconds = _clock(list(probes.values()), hardware, store.folder, dry_run)
-    sending = {key: _sending(probe, hardware) for key, probe in probes.items()}
+    reports = preflights.reports(probes, hardware.topology, compile_missing=hardware.preflight)
+    sending = {key: _sending(probe, hardware, reports.get(key)) for key, probe in probes.items()}
     cells = []
     for i, draft in enumerate(drafts):
         cfg, counts = draft.config, count(draft.config.model, draft.config.data.seq_len)
@@ -164,13 +169,14 @@ def make_plan(
             labels=dict(draft.labels),
             unique_tokens=unique[i],
             epochs=epochs[i],
-            memory_bytes=need.memory.total,
+            memory_bytes=preflights.reserved(reports[key]) if key in reports else need.memory.total,
         )
         took = seconds(need, cell.own_flops, steps - cell.branch_step, held_out[i], sending[key])
-        warnings = tuple(_warnings(cell, probes[key], need, hardware))
+        warnings = tuple(_warnings(cell, probes[key], need, hardware, reports.get(key)))
         cells.append(dataclasses.replace(cell, seconds=took, warnings=warnings))
     sha256 = _plan_hash(config, [cell.id for cell in cells])
-    return Plan(name, config, sha256, tuple(cells), tuple(_notes(config, cells)))
+    notes = (*_notes(config, cells), *preflights.notes(reports, len(probes)))
+    return Plan(name, config, sha256, tuple(cells), notes)
 
 
 def _plan_hash(config: SweepConfig, ids: Sequence[str]) -> str:
@@ -216,12 +222,13 @@ def _probe(cfg: RunConfig, hardware: Hardware) -> RunConfig:
     return resolve_mesh(cfg, chip.kind, hardware.count * chip.devices)
 
 
-def _sending(cfg: RunConfig, hardware: Hardware) -> float:
+def _sending(cfg: RunConfig, hardware: Hardware, report: Report | None) -> float:
     """Seconds that a step's collectives take on the chips of one run; 0 where links have no numbers."""
     chip = hardware.chip
     if chip is None or chip.network is None or hardware.count * chip.devices == 1:
         return 0.0
-    return estimate(cfg, chip, hardware.count * chip.devices).links
+    links = estimate(cfg, chip, hardware.count * chip.devices).links
+    return links if report is None else preflights.sending(report, links)
 
 
 # ------------------------------------------------------------------------------------------------ its data
@@ -320,7 +327,9 @@ def _devices(need: Need) -> int:
 # -------------------------------------------------------------------------------------- what to be warned of
 
 
-def _warnings(cell: Cell, probe: RunConfig, need: Need, hardware: Hardware) -> Iterator[str]:
+def _warnings(
+    cell: Cell, probe: RunConfig, need: Need, hardware: Hardware, report: Report | None
+) -> Iterator[str]:
     """What is known to bend a scaling law, and what will not run."""
     cfg, optim, batch = cell.config, cell.config.optim, cell.config.data.batch_size * cell.config.data.seq_len
     unit = {"steps": 1.0, "tokens": 1.0 / batch, "fraction": float(cell.steps)}[optim.warmup_unit]
@@ -340,7 +349,9 @@ def _warnings(cell: Cell, probe: RunConfig, need: Need, hardware: Hardware) -> I
         yield f"{cell.epochs:.2f} epochs: no point of a single-epoch law"
     if (chip := hardware.chip) is not None:
         needed, has = need.memory.total, f"{chip.limit / 1e9:.0f} GB"
-        if needed > HEADROOM * chip.limit:
+        if report is not None and not report.fits:
+            yield f"needs more than {has} a device by the compiler: {_remedy(probe, hardware)}"
+        if report is None and needed > HEADROOM * chip.limit:
             short = f"which has {has}"
             if needed <= chip.limit:  # the compiler may still find room
                 short = f"more than {HEADROOM:.0%} of its {has}, so that it may not fit"

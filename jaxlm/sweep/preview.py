@@ -9,6 +9,8 @@ from rich.table import Table
 
 from jaxlm.chips import find_chip
 from jaxlm.config import build
+from jaxlm.errors import check
+from jaxlm.preflight.topology import GPUS, TPUS, likely_topology
 from jaxlm.sweep import chips
 from jaxlm.sweep.plan import FILE, Hardware, Plan, SweepConfig, make_plan, save_plan
 from jaxlm.sweep.shapes import describe_shape
@@ -104,6 +106,7 @@ def plan_command(
     gflops: float = 0.0,
     price: float = 0.0,
     measure: bool = True,
+    preflight: bool = False,
 ) -> int:
     """What `jaxlm plan` does: make a plan, print it, and keep it unless `dry_run`.
 
@@ -112,14 +115,19 @@ def plan_command(
         workdir: the sweep directory.
         name: of the plan; a sweep directory may hold several.
         dry_run: print the same and write nothing.
-        chip, num_chips, mfu, gflops, price, measure: see `Hardware`.
+        chip, num_chips, mfu, gflops, price, measure, preflight: see `Hardware`; the chips are taken to stand
+            in the shape that is nearest to a cube.
 
     Returns:
         The exit code.
     """
     chips.check_rate(gflops, mfu, price, num_chips)
     found = find_chip(chip) if chip else None
-    hardware = Hardware(found, num_chips, mfu, gflops, price, measure)
+    topology = likely_topology(chip, num_chips) if chip else None
+    if preflight:
+        check(topology is not None, f"--preflight needs --chip, one of {', '.join(TPUS + GPUS)}")
+        jax.config.update("jax_platforms", "cpu")  # this machine only compiles
+    hardware = Hardware(found, num_chips, mfu, gflops, price, measure, topology, preflight)
     plan = make_plan(build(config, SweepConfig), workdir, name, hardware=hardware, dry_run=dry_run)
     # Saved first: a refusal stands alone, not below a page of numbers.
     if not dry_run:

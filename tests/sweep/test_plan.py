@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import re
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -14,10 +15,12 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jaxlm.chips import CHIPS, find_chip, peak_flops
 from jaxlm.config import build, config_hash, default_config, load_experiment
 from jaxlm.errors import UserError
+from jaxlm.preflight import compiled
+from jaxlm.preflight.topology import likely_topology
 from jaxlm.scaling import record
 from jaxlm.scaling.counting import count
 from jaxlm.sharding import make_layout
-from jaxlm.sweep import chips, plan
+from jaxlm.sweep import chips, plan, preflights
 from jaxlm.sweep.collect import collect
 from jaxlm.sweep.plan import Hardware, SweepConfig, all_cells, load_plans, make_plan, run_dir, save_plan
 from jaxlm.sweep.preview import plan_command, plan_totals
@@ -389,6 +392,56 @@ def test_the_command_prints_the_grid_and_keeps_it(text, tmp_path, capsys):
             assert number in line
     assert "chip-hours (1 GFLOP/s as given)" in wet
     assert "note: " in wet
+
+
+def test_what_was_compiled_takes_the_place_of_estimates(text, tmp_path, monkeypatch):
+    """From the cache of preflights, where a shape is there; with `preflight`, what is not is compiled."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(compiled, "versions", lambda topology: {})
+    monkeypatch.setattr(preflights, "has_compiler", lambda topology: True)
+    asked, empty = [], dict(largest_replicated=("", 0), unreadable="", kernels={}, cycles=0.0, replicated=())
+    sent = compiled.Row("all-gather", "fsdp", 4, 2, 1, 1e9, 2e11, 0.0, "")  # a second over two links
+
+    def compile_step(cfg, topology, fits=True):
+        asked.append(cfg)
+        memory = compiled.DeviceMemory(1, 1, 1, 2**20 + cfg.model.model_dim, 0, 0) if fits else None
+        shortage = None if fits else compiled.Shortage(2e11, 1e11, "RESOURCE_EXHAUSTED")
+        state = dict(params=1, gradients=1, opt_state=1, batch=1)
+        said = dict(memory=memory, shortage=shortage, collectives=[sent] if fits else None, state=state)
+        more = dict(host=0, unknown_loops=0, seconds={}, versions={}, mesh={}, topology=str(topology))
+        return compiled.Facts(**said, **more, **empty)
+
+    hardware = Hardware(CHIPS["v5p"], 4, topology=likely_topology("v5p", 4))
+    fields = dict(run__mesh__data=-1, run__data__batch_size=4)
+    estimated = made(text, tmp_path, hardware=hardware, **fields)
+    shapes = {plan._shape_key(cell.config): cell.config for cell in estimated.cells}
+    monkeypatch.setattr(compiled, "compile_step", compile_step)
+    one = compiled.facts_of(next(iter(shapes.values())), hardware.topology, compiled.default_cache())[0]
+    some = made(text, tmp_path, hardware=hardware, **fields)
+    assert len(asked) == 1
+    assert (
+        f"of 1 shape(s) are the compiler's for v5p:2x2x1, those of the other {len(shapes) - 1}"
+        in some.notes[-1]
+    )
+    assert some.cells[0].memory_bytes == one.memory.allocated != estimated.cells[0].memory_bytes
+    assert some.cells[0].seconds == some.cells[0].steps  # one second of sending a step
+    shape = [plan._shape_key(cell.config) for cell in some.cells]
+    same = [a == b for a, b in zip(some.cells, estimated.cells, strict=True)]
+    assert same == [key != shape[0] for key in shape]
+    everything = dataclasses.replace(hardware, preflight=True)
+    found = made(text, tmp_path, hardware=everything, **fields)
+    assert len(asked) == len(shapes) > 1
+    assert [c.memory_bytes for c in found.cells] == [
+        2**20 + 1 + c.config.model.model_dim for c in found.cells
+    ]
+    assert made(text, tmp_path, hardware=hardware, **fields) == found  # the cache is full
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    monkeypatch.setattr(compiled, "compile_step", partial(compile_step, fits=False))
+    large = made(text, tmp_path, hardware=everything, **fields)
+    assert all("by the compiler" in " ".join(cell.warnings) for cell in large.cells)
+    assert {cell.memory_bytes for cell in large.cells} == {int(2e11)}
+    with pytest.raises(UserError, match="--preflight needs --chip, one of v4"):
+        plan_command(sweep_config(text), tmp_path / "S", preflight=True)
 
 
 # -------------------------------------------------------------------------------------------- experiments
