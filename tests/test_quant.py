@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from jaxlm.config import build, load_experiment
 from jaxlm.errors import UserError
 from jaxlm.model import transformer as tf
 from jaxlm.model.attention import AttentionConfig
@@ -16,7 +17,9 @@ from jaxlm.model.moe import MoEConfig
 from jaxlm.objectives.lm import LossConfig, make_lm_objective
 from jaxlm.optim import OptimConfig, make_optimizer, make_schedule
 from jaxlm.quant import FORMATS, LEAVES, Quantized, mark, quantize
+from jaxlm.train.metrics import read_rows
 from jaxlm.train.programs import Model
+from jaxlm.train.run import train
 from jaxlm.train.state import create_state
 from jaxlm.train.step import make_step
 from jaxlm.tree import named_leaves
@@ -166,6 +169,30 @@ def test_training_in_eight_bits_keeps_up_with_fp32(name, exact):
     print(f"{name}: {exact[0]:.3f} to {exact[-10:].mean():.4f} in fp32, gap {gap:+.4f}")
     assert abs(gap) < 0.02
     assert (got != exact).all()
+
+
+@pytest.mark.slow
+def test_the_quickstart_in_eight_bits_keeps_up_with_fp32(tmp_path):
+    """The quickstart's small model, 60 updates on Python's source: held-out loss within 0.5% of fp32's."""
+    cfg = build(load_experiment("experiments/quickstart.py:smoke"))
+    often = dict(num_steps=60, eval_every=60, save_every=0, sample_every=0, sample_prompts=(), log_every=60)
+    one = dataclasses.replace(cfg.mesh, data=1)  # emulated devices would wait for each other
+    data = dataclasses.replace(cfg.data, eval_tokens=8192)
+    cfg = dataclasses.replace(cfg, mesh=one, data=data, train=dataclasses.replace(cfg.train, **often))
+
+    def held_out(name):
+        model = dataclasses.replace(cfg.model, quant=name)
+        train(dataclasses.replace(cfg, model=model), tmp_path / name, bar=False)
+        rows = [row for row in read_rows(tmp_path / name / "metrics.jsonl") if "eval/nll" in row]
+        return rows[-1]["eval/nll"]
+
+    want = held_out("none")
+    assert want < np.log(256) - 1.5  # it has learned
+    for name in FORMATS:
+        got = held_out(name)
+        print(f"{name}: {want:.4f} in fp32, {got:.4f}, {got / want - 1:+.2%}")
+        assert got != want
+        assert got == pytest.approx(want, rel=0.005)
 
 
 def test_experts_are_refused():
