@@ -1,6 +1,7 @@
 """Compile well-known models for pods and print one Markdown row each: memory, traffic, roofline.
 
     python tools/preflight_pods.py --only=llama3-8B --backend=splash --cache=runs/preflight
+    python tools/preflight_pods.py --only=llama3-405B --backend=splash --lower   # seconds before the compiler
 
 Bytes are those of one chip and step; see jaxlm/preflight/README.md for what the columns are. A row takes one
 core some minutes and is kept in the cache.
@@ -16,7 +17,7 @@ import jax
 from jaxlm.config import RunConfig, build
 from jaxlm.errors import UserError, check_choice
 from jaxlm.preflight.collectives import KINDS
-from jaxlm.preflight.compiled import default_cache, facts_of
+from jaxlm.preflight.compiled import default_cache, facts_of, lower_step
 from jaxlm.preflight.report import GiB, Report, make_report, sums
 from jaxlm.preflight.topology import Topology, parse_topology
 
@@ -143,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="names of rows, separated by ';'; empty = all")
     parser.add_argument("--backend", default="", help="attention backend; empty = the config's default")
     parser.add_argument("--cache", default="", help="folder of facts; empty = the default one")
+    parser.add_argument("--lower", action="store_true", help="only trace and lower, and print the seconds")
     args = parser.parse_args(argv)
     try:
         names = chosen(args.only, PODS)
@@ -150,6 +152,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     jax.config.update("jax_platforms", "cpu")
     cache = Path(args.cache) if args.cache else default_cache()
+    if args.lower:
+        for name in names:
+            took = lower_step(*pod(name, args.backend)).seconds
+            print(f"{name}: traced in {took['trace']:.2f} s, lowered in {took['lower']:.2f} s", flush=True)
+        return 0
     heads = (
         "model,pod,mesh,tokens a chip,allocated GiB,peak GiB,limit GiB,GB on ICI,GB on DCN,of which,kernels"
     )

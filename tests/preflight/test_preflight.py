@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,16 @@ def run(mesh=None, model=None, **data):
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("preflight")
+
+
+@pytest.fixture(scope="module")
+def pods():
+    """The module tools/preflight_pods.py."""
+    path = Path(__file__).parents[2] / "tools" / "preflight_pods.py"
+    spec = importlib.util.spec_from_file_location("tools_preflight_pods", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +207,25 @@ def test_gpus_of_several_hosts():
     assert (hosts.platform, hosts.num_devices, hosts.chip.kind) == ("gpu", 32, "NVIDIA H200")
 
 
+@pytest.mark.slow
+def test_lowering_does_not_grow_with_the_layers(pods):
+    """The 405B model's 126 layers are one scan: as much text as 8 of them, in about as much time."""
+    model, _, _, mesh, _, length = pods.PODS["llama3-405B"]
+
+    def lowered(layers):
+        cfg = run(mesh | dict(fsdp=4, tensor=2, expert=1), {**model, "num_layers": layers}, seq_len=length)
+        return compiled.lower_step(cfg, parse_topology("cpu:8"))
+
+    lowered(4)  # what is imported and traced once
+    few, many = lowered(8), lowered(126)
+    text, longer = few.program.as_text(), many.program.as_text()
+    assert "126x" in longer  # the stacks of layers
+    assert longer.count("\n") == text.count("\n")
+    took, long_took = (sum(each.seconds.values()) for each in (few, many))
+    print(f"traced and lowered: 8 layers {took:.2f} s, 126 layers {long_took:.2f} s")
+    assert long_took < 1.5 * took + 0.5
+
+
 # -------------------------------------------------------------------------------------------------- judgement
 
 
@@ -307,6 +337,30 @@ def test_a_tpu_step_gathers_and_scatters_in_compute_and_parameter_dtype(tmp_path
     assert scattered == pytest.approx(4 * weights * 3 / 4)
     gathered = sum(r.ici for r in facts.collectives if r.kind == "all-gather" and r.count % L == 0)
     assert 2 * (2 * weights) * 3 / 4 <= gathered <= 3 * (2 * weights) * 3 / 4
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_pod_fits_with_splash_attention_and_gathers_nothing_whole(pods, tmp_path):
+    """Two layers of the 8B model on 64 chips of v6e: what every row of the README's table of pods claims."""
+    cfg, hardware = pods.pod("llama3-8B on v6e", "splash")
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, num_layers=2))
+    facts, _ = facts_of(cfg, hardware, tmp_path)
+    report = make_report(cfg, hardware, facts)
+    assert report.fits
+    assert facts.unknown_loops == 0
+    assert any("splash" in name for name in facts.kernels)
+    tokens = report.tokens_per_step // hardware.num_devices
+    assert tokens == 16_384
+    V, D = cfg.model.vocab_size, cfg.model.model_dim
+    head, logits, parameters = 2 * V * D, 2 * tokens * V, 2 * report.counts.n_total  # bytes, bfloat16
+    layer = (parameters - 2 * head) // cfg.model.num_layers
+    largest = max(row.nbytes for row in facts.collectives)
+    assert layer < head < parameters / 2 < logits
+    assert largest <= 1.01 * head  # one layer's weights at a time, and once the head
+    assert facts.memory.temporaries < logits  # nor are there full logits on a chip
+    gathered = sum(row.nbytes * row.count for row in facts.collectives if row.kind == "all-gather")
+    assert gathered <= 1.05 * (3 * head + 2 * 2 * layer)  # forward and backward; not once more
 
 
 @pytest.mark.slow
