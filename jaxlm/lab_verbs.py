@@ -125,6 +125,7 @@ def _fit_flags(values: flags.FlagValues) -> None:
     _whole(values, "drop_highest", 0, "leave out so many rows of highest loss")
     _text(values, "group", "", "column; one fit for each of its values")
     _text(values, "block", "", "column whose values are resampled whole (a trunk), or N for the sizes")
+    _switch(values, "evaluations", False, "of loss_to_accuracy: rows are evaluations of the runs in --block")
     flags.DEFINE_multi_string("fix", [], "parameter that keeps a value, E=1.69", flag_values=values)
     flags.DEFINE_multi_string("tie", [], "parameters that are equal, alpha=beta", flag_values=values)
     flags.DEFINE_multi_string("bound", [], "range of a parameter, alpha=0.1:1", flag_values=values)
@@ -151,6 +152,7 @@ def _fit(values: flags.FlagValues, positional: Sequence[str], config: Any) -> in
         "where",
         "group",
         "block",
+        "evaluations",
         "starts",
         "draws",
     )
@@ -169,19 +171,28 @@ def _predict_flags(values: flags.FlagValues) -> None:
     )
     _whole(values, "next", 0, "recommend so many runs that would narrow N* at the budget most")
     _real(values, "level", 0.95, "of the intervals")
-    flags.DEFINE_multi_string("at", [], "another input of the law, such as U=1e9", flag_values=values)
+    flags.DEFINE_multi_string(
+        "at",
+        [],
+        "inputs of the law: N=1e9,D=2e10 for its value there; with --budget further ones, such as U=1e9",
+        flag_values=values,
+    )
+    _text(values, "then", "", "fit.json of loss_to_accuracy or loss_to_error: predict the metric as well")
+    _text(values, "measured", "", "with --then: table of held-out runs, for the errors of both steps")
+    _text(values, "columns", "", "of that table, such as N=params,D=tokens,loss=nll,accuracy=acc")
     _switch(values, "json", False, "print JSON")
 
 
 def _predict(values: flags.FlagValues, positional: Sequence[str], config: Any) -> int:
     no_positional("predict", positional)
-    need(values, "predict", "fit", "budget")
+    need(values, "predict", "fit")
     _need_extra("predict")
+    from jaxlm.scaling.answers import predict_command
     from jaxlm.scaling.fit_table import parse_numbers, parse_pairs
-    from jaxlm.scaling.predict import predict_command
 
-    options = dict(next_count=values.next, level=values.level, as_json=values.json)
-    budgets = parse_numbers(values.budget, "--budget", "1e22")
+    options = dict(next_count=values.next, level=values.level, as_json=values.json, then=values.then)
+    options |= dict(measured=values.measured, columns=values.columns)
+    budgets = parse_numbers(values.budget, "--budget", "1e22") if values.budget else ()
     predict_command(values.fit, budgets, at=parse_pairs(values.at, "--at"), **options)
     return 0
 
@@ -299,8 +310,8 @@ VERBS: dict[str, Verb] = {
         _fit,
     ),
     "predict": Verb(
-        "Say what a fit predicts at a budget: size, tokens and loss, each with its interval.",
-        "--fit=FILE --budget=FLOPS[,FLOPS...] [--next=K]",
+        "Say what a fit predicts at a budget, or at inputs of its law, each number with its interval.",
+        "--fit=FILE --budget=FLOPS[,FLOPS...] [--next=K] | --fit=FILE --at=INPUT=NUMBER[,...] [--then=FILE]",
         "jaxlm predict --fit=runs/scaling/fits/surface/fit.json --budget=1e13 --next=3",
         _predict_flags,
         _predict,

@@ -34,8 +34,8 @@ The pitfalls of the literature, and what stands against each:
                                                   of the (Mis)Fitting checklist, and the report prints them
 
 Beyond these: extrapolation, draws_without_optimum, curve_without_optimum, no_optimum, no_interval
-(`predict`), narrow_range, flops_by_6nd, residual_trend, exponents_do_not_add, no_envelope, at_bound,
-poor_fit.
+(`predict`), steps_unchecked (`downstream`), narrow_range, flops_by_6nd, residual_trend,
+exponents_do_not_add, no_envelope, at_bound, poor_fit.
 """
 
 import itertools
@@ -207,7 +207,10 @@ def two_step(
     """
     law = LAWS[accuracy_fit.law]
     check(law.inputs == ("L",), f"law={accuracy_fit.law!r} does not predict from the loss")
+    check(loss_fit.method not in LINES, f"method={loss_fit.method!r} predicts no loss of single runs")
     others = {name: runs.extra[name] for name in LAWS[loss_fit.law].inputs if name in runs.extra}
+    if "C" in LAWS[loss_fit.law].inputs and np.isfinite(runs.C).all():
+        others["C"] = runs.C
     predicted = predict_loss(loss_fit, runs.N, runs.D, **others)
     chained, measured = (law_value(law, accuracy_fit.parameters, {"L": v}) for v in (predicted, runs.L))
     first, second = chained - measured, measured - accuracy

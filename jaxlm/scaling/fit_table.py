@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from jaxlm.errors import UserError, check, check_choice
-from jaxlm.scaling import diagnostics, table
+from jaxlm.scaling import diagnostics, downstream, table
 from jaxlm.scaling.fit import METHODS, SAME, run_fit
 from jaxlm.scaling.laws import get_law
 from jaxlm.scaling.lines import Refusal
@@ -83,6 +83,7 @@ def fit_command(
     where: str = "",
     group: str = "",
     block: str = "",
+    evaluations: bool = False,
     starts: int = 16,
     draws: int = 400,
     seed: int = 0,
@@ -103,6 +104,7 @@ def fit_command(
       table_path: .csv, .tsv or .parquet.
       columns: `N=params,C=train_flop,loss=loss_nats`; see `table.select`.
       block: a column whose values are resampled together, or `N` for the sizes.
+      evaluations: rows are evaluations of the runs that `block` names, in order: fit `downstream.averaged`.
       fix: `E=1.69`. tie: `alpha=beta`. bound: `alpha=0.1:1`.
       plots: whether to draw.
       The others are those of `run_fit` and `table.select`.
@@ -113,6 +115,8 @@ def fit_command(
     form = get_law(law)
     check_choice(method, ("all", *METHODS), "method")
     check(bool(out), "the fit needs --out, a folder to write to")
+    accuracy = law == "loss_to_accuracy" and bool(block) and block != "N"
+    check(not evaluations or accuracy, "--evaluations is of --law=loss_to_accuracy, with --block=RUN_COLUMN")
     if method not in ("all", *SURFACES):
         given = dict(law=law, objective=objective, delta=delta, starts=starts)
         unused = [f"--{k}={v}" for k, v in given.items() if v != fit_command.__kwdefaults__[k]]
@@ -168,6 +172,9 @@ def fit_command(
             drop_highest=drop_highest,
             group=f"{group}={label}" if label else "",
         )
+        if evaluations:
+            points = downstream.averaged(points)
+            notes = [*notes, f"running averages of {downstream.WINDOW} evaluations, and accuracy 1 at loss 0"]
         done: list[Fit] = []
         for name in methods:
             lines = name not in SURFACES

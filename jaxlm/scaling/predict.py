@@ -1,14 +1,12 @@
-"""What a fit says about a budget, N*, D*, L*, tokens per parameter, with intervals; and what to run next.
+"""What a fit says: N*, D*, L* at a budget, the law's value at its inputs, with intervals; what to run next.
 
 Every number is computed once from the estimate and once from each bootstrap draw; an interval is the central
 part of the draws. A run's loss scatters about the law by `fit.sigma` too: its prediction interval holds both.
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +17,7 @@ from jaxlm.errors import UserError, check, nearest
 from jaxlm.scaling.design_checks import Found, found
 from jaxlm.scaling.laws import features, get_law, to_coordinates
 from jaxlm.scaling.lines import Refusal, percentiles
-from jaxlm.scaling.record import Fit, flops_per_param_token, load_fit
+from jaxlm.scaling.record import Fit, flops_per_param_token
 from jaxlm.scaling.uncertainty import tail_share
 
 Array = np.ndarray
@@ -49,6 +47,19 @@ class Prediction:
     L_law: Estimate  # the law's value there: the interval of the fit alone
     tokens_per_param: Estimate
     curve: list[dict]  # budget, N, D, L, tokens_per_param and, as name_lo and name_hi, their intervals
+    draws: int  # that the intervals are from
+    diagnostics: list[dict]
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a law gives at its inputs."""
+
+    at: dict[str, float]  # every input that the law reads
+    target: str  # role of the column that was fitted: L, lr, batch, accuracy ...
+    level: float
+    value: Estimate  # of a run there: prediction interval, noise of a run included
+    value_law: Estimate  # the law's value: the interval of the fit alone
     draws: int  # that the intervals are from
     diagnostics: list[dict]
 
@@ -84,25 +95,41 @@ def surface(
         Refusal: no_surface (an envelope or iso-FLOP fit), no_interval (no draws).
         UserError: an input of the law is missing.
     """
-    if fit.method in LINES:
-        text = f"method={fit.method!r} fits lines N*(C), D*(C), L*(C) and no L(N, D); fit with method=surface"
-        raise Refusal("no_surface", text)
-    law, table = get_law(fit.law), _table(fit)
     inputs = {"N": N, "D": D, "C": flops_per_param_token(fit) * N * D}
     inputs |= {name: np.broadcast_to(np.asarray(v, float), N.shape) for name, v in extra.items()}
+    return law_rows(fit, inputs)
+
+
+def law_rows(fit: Fit, inputs: Mapping[str, Float64[Array, "M"]]) -> Float64[Array, "S M"]:
+    """The law at M values of each of its inputs: the estimate in row 0, then one row a draw.
+
+    Raises:
+        Refusal: no_surface (an envelope or iso-FLOP fit), no_interval (no draws).
+        UserError: an input of the law is missing.
+    """
+    if fit.method in LINES:
+        text = f"method={fit.method!r} fits lines N*(C), D*(C), L*(C) and no L(N, D): "
+        raise Refusal("no_surface", text + "ask it for a budget, or fit with method=surface")
+    law, table = get_law(fit.law), _table(fit)
     missing = [name for name in law.inputs if name not in inputs]
     check(not missing, f"law={fit.law!r} needs {', '.join(missing)} too: {law.formula}")
     x = features({name: inputs[name] for name in law.inputs})
     return law.form(_coordinates(fit, table, x), x)[0]
 
 
-def check_inputs(fit: Fit, given: Mapping[str, float]) -> None:
-    """`UserError` for a further input that the law does not read, or of a value that it cannot take."""
-    known = [] if fit.method in LINES else [n for n in get_law(fit.law).inputs if n not in ("N", "D", "C")]
+def check_inputs(fit: Fit, given: Mapping[str, float], budget: bool = True) -> None:
+    """`UserError` for an input that the law does not read, or of a value that it cannot take.
+
+    With a budget N, D and C follow from it and are none.
+    """
+    beside = ("N", "D", "C") if budget else ()
+    known = [] if fit.method in LINES else [n for n in get_law(fit.law).inputs if n not in beside]
     what = f"a fit of {fit.law} by {fit.method}"
     for name, value in given.items():
         if name not in known:
             takes = f"takes {', '.join(known)}" if known else "takes no input besides the budget"
+            if name in beside and fit.method not in LINES and name in get_law(fit.law).inputs:
+                takes += "; its value at given N, D, C is asked for without a budget"
             raise UserError(f"{what} has no input {name!r}{nearest(name, known)}: it {takes}")
         good = (0 <= value < 1) if name == "sparsity" else (math.isfinite(value) and value > 0)
         check(good, f"{name}={value} is outside what {what} takes")
@@ -129,7 +156,8 @@ def optima(fit: Fit, budget: float, **extra: float) -> tuple[Float64[Array, "S"]
     elif law.compute == "numeric":
         log_n = _search(fit, product, extra)
     else:
-        raise Refusal("no_optimum", f"law={fit.law!r} has no compute optimum: {law.formula}")
+        text = f"law={fit.law!r} has no compute optimum: {law.formula}. Ask for its value at "
+        raise Refusal("no_optimum", text + f"{', '.join(law.inputs)} (jaxlm predict --at)")
     return log_n, product - log_n
 
 
@@ -138,8 +166,8 @@ def _search(fit: Fit, product: float, extra: Mapping[str, float]) -> Float64[Arr
     # Far from all sizes some laws fall to nothing: the search stays within 100 times the sizes fitted, moved
     # by the compute that is beyond them.
     sizes, beyond = np.log(fit.points["N"]), product - np.log(np.multiply(fit.points["N"], fit.points["D"]))
-    low = max(sizes.min() - math.log(FAR) + min(beyond.max(), 0.0), 0.0)
-    grid = np.linspace(low, min(sizes.max() + math.log(FAR) + max(beyond.min(), 0.0), product), GRID)
+    low = sizes.min() - math.log(FAR) + min(beyond.max(), 0.0)
+    grid = np.linspace(low, sizes.max() + math.log(FAR) + max(beyond.min(), 0.0), GRID)
     for zoom in (True, False):
         loss = surface(fit, np.exp(grid), np.exp(product - grid), **extra)
         best = np.where(np.isfinite(loss), loss, np.inf).argmin(-1)
@@ -166,20 +194,24 @@ def _loss_line(fit: Fit, budget: float) -> Float64[Array, "S"]:
 
 
 def tail_of(fit: Fit, level: float, *, noisy: bool = False) -> float:
-    """The share of draws that an interval leaves out on either side; noisy: of those of `_noisy`."""
+    """The share of draws that an interval leaves out on either side; noisy: of those of `noisy`."""
     blocks = 0 if fit.method in LINES else fit.bootstrap.get("blocks", 0)
     return tail_share(level, blocks, 1.0 if noisy else fit.bootstrap.get("calibration", 1.0))
 
 
-def _central(value: float, draws: Float64[Array, "S"], tail: float) -> Estimate:
+def central(value: float, draws: Float64[Array, "S"], tail: float) -> Estimate:
     """The central part of the draws, as the intervals in fit.json are."""
     return Estimate(float(value), *percentiles(draws, tail))
 
 
-def _noisy(fit: Fit, rows: Float64[Array, "S"]) -> Float64[Array, "Z"]:
+def calibrated(fit: Fit, rows: Float64[Array, "S ..."]) -> Float64[Array, "Z ..."]:
+    """The law's draws at their calibrated spread about the estimate in row 0, see `uncertainty.calibrate`."""
+    return rows[0] + fit.bootstrap.get("calibration", 1.0) * (rows[1:] - rows[0])
+
+
+def noisy(fit: Fit, rows: Float64[Array, "S"]) -> Float64[Array, "Z"]:
     """Draws of a run's loss: the law's, at their calibrated spread about row 0, each spread by the noise."""
-    law = rows[0] + fit.bootstrap.get("calibration", 1.0) * (rows[1:] - rows[0])
-    return (law[:, None] * np.exp(fit.sigma * NOISE)).ravel()
+    return (calibrated(fit, rows)[:, None] * np.exp(fit.sigma * NOISE)).ravel()
 
 
 def loss_interval(
@@ -191,11 +223,64 @@ def loss_interval(
     """
     tail = tail_of(fit, level, noisy=True)
     values = surface(fit, np.atleast_1d(np.asarray(N, float)), np.atleast_1d(np.asarray(D, float)), **extra)
-    return [_central(column[0], _noisy(fit, column), tail) for column in values.T]
+    return [central(column[0], noisy(fit, column), tail) for column in values.T]
 
 
-def _at(fit: Fit, budget: float, level: float, extra: Mapping[str, float]) -> tuple[dict[str, Estimate], int]:
-    """All quantities at one budget, and the number of draws with an optimum."""
+def rows_at(fit: Fit, at: Mapping[str, float]) -> tuple[dict[str, float], Float64[Array, "S"]]:
+    """Every input that the law reads, and the law there: the estimate in row 0, then the draws with a value.
+
+    Args:
+        fit: of a law, with bootstrap draws.
+        at: a value for every input that the law reads; C may be left out where N and D are given (k N D).
+
+    Raises:
+        Refusal: no_surface, no_interval, as `law_rows` does; too few draws with a value there.
+        UserError: an input is missing, out of range or not read.
+    """
+    check_inputs(fit, at, budget=False)
+    at = dict(at)
+    if {"N", "D"} <= set(at):
+        at.setdefault("C", flops_per_param_token(fit) * at["N"] * at["D"])
+    rows = law_rows(fit, {name: np.array([v], float) for name, v in at.items()})[:, 0]
+    good = np.isfinite(rows)
+    if not good[0] or good.sum() < 20:
+        raise Refusal("no_interval", f"{int(good[1:].sum())} of {len(rows) - 1} draws have a value there")
+    return at, rows[good]
+
+
+def value_at(fit: Fit, at: Mapping[str, float], level: float = 0.95) -> Answer:
+    """The law's value at given inputs: the loss of N and D, the best rate at C, the accuracy at L ...
+
+    Arguments and errors are those of `rows_at`, and a level of the intervals.
+    """
+    check(0 < level < 1, f"level={level} must lie between 0 and 1")
+    at, rows = rows_at(fit, at)
+    law = get_law(fit.law)
+    return Answer(
+        {name: float(at[name]) for name in law.inputs},
+        law.target,
+        level,
+        central(rows[0], noisy(fit, rows), tail_of(fit, level, noisy=True)),
+        central(rows[0], rows[1:], tail_of(fit, level)),
+        len(rows) - 1,
+        outside(fit, at),
+    )
+
+
+def best_loss(fit: Fit, budget: float, **extra: float) -> Float64[Array, "S"]:
+    """The loss of the run that one would train at a budget: the estimate in row 0, then the draws.
+
+    Raises:
+        Refusal: no_optimum, no_interval.
+        UserError: as `predict` does.
+    """
+    check(math.isfinite(budget) and budget > 0, f"budget={budget} must be positive FLOPs")
+    check_inputs(fit, extra)
+    return _best(fit, budget, extra)[2]
+
+
+def _best(fit: Fit, budget: float, extra: Mapping[str, float]) -> tuple[Array, Array, Array]:
+    """log N*, log D* of the draws that have them, and the loss at the estimated ones: row 0 the estimate."""
     log_n, log_d = optima(fit, budget, **extra)
     good = np.isfinite(log_n) & np.isfinite(log_d)
     if not good[0] or good.sum() < 20:
@@ -205,14 +290,18 @@ def _at(fit: Fit, budget: float, level: float, extra: Mapping[str, float]) -> tu
         loss = _loss_line(fit, budget)
     else:  # of the run that one would train: at the estimated optimum
         loss = surface(fit, np.exp(log_n[:1]), np.exp(log_d[:1]), **extra)[:, 0]
-    loss = loss[good & np.isfinite(loss)]
-    log_n, log_d = log_n[good], log_d[good]
+    return log_n[good], log_d[good], loss[good & np.isfinite(loss)]
+
+
+def _at(fit: Fit, budget: float, level: float, extra: Mapping[str, float]) -> tuple[dict[str, Estimate], int]:
+    """All quantities at one budget, and the number of draws with an optimum."""
+    log_n, log_d, loss = _best(fit, budget, extra)
     out, tail = {}, tail_of(fit, level)
     for name, rows in (("N", log_n), ("D", log_d), ("tokens_per_param", log_d - log_n)):
-        out[name] = Estimate(*(math.exp(v) for v in _central(rows[0], rows[1:], tail)))
-    out["L_law"] = _central(loss[0], loss[1:], tail)
-    out["L"] = _central(loss[0], _noisy(fit, loss), tail_of(fit, level, noisy=True))
-    return out, int(good.sum()) - 1
+        out[name] = Estimate(*(math.exp(v) for v in central(rows[0], rows[1:], tail)))
+    out["L_law"] = central(loss[0], loss[1:], tail)
+    out["L"] = central(loss[0], noisy(fit, loss), tail_of(fit, level, noisy=True))
+    return out, len(log_n) - 1
 
 
 def predict(fit: Fit, budget: float, level: float = 0.95, **extra: float) -> Prediction:
@@ -264,7 +353,7 @@ def extrapolation(fit: Fit, budget: float, tokens: float = 0.0) -> Found:
     out: Found = []
     if budget > largest:
         ratio, far = budget / largest, budget > FAR * largest
-        text = f"the budget is {ratio:.3g} times the largest compute that was fitted ({largest:.3g})"
+        text = f"{budget:.4g} FLOPs are {ratio:.3g} times the largest compute that was fitted ({largest:.3g})"
         if far:
             text += (
                 ": beyond two decades an interval says what the law allows, not whether the law still holds"
@@ -274,6 +363,32 @@ def extrapolation(fit: Fit, budget: float, tokens: float = 0.0) -> Found:
     if unique is not None and tokens > np.max(unique) and fit.law != "data_constrained":
         text = f"D* = {tokens:.3g}, of {np.max(unique):.3g} unique tokens, and the law knows no repetition"
         out += found("multi_epoch", "warning", text, float(tokens / np.max(unique)))
+    return out
+
+
+def outside(fit: Fit, at: Mapping[str, float]) -> Found:
+    """How far inputs are outside of the runs, and whether tokens are beyond the unique ones.
+
+    A share (sparsity) and a loss outside are warned of at any distance: a sigmoid turns within a nat.
+    """
+    law, out = get_law(fit.law), []
+    made = np.asarray(fit.points.get("row", ()), float)
+    for name in law.inputs:
+        if name == "C" or name not in fit.points:
+            continue
+        seen = np.asarray(fit.points[name], float)
+        seen = seen[made >= 0] if len(made) == len(seen) else seen  # row -1: a point that no run made
+        low, high, value = float(seen.min()), float(seen.max()), at[name]
+        if low <= value <= high:
+            continue
+        text = f"{name} = {value:.4g} lies outside of what was fitted, {low:.4g} to {high:.4g}"
+        if name in ("L", "sparsity"):
+            out += found("extrapolation", "warning", text, value)
+        else:
+            ratio = max(value / high, low / value)
+            out += found("extrapolation", "warning" if ratio > FAR else "note", text, ratio)
+    if "C" in at and np.isfinite(fit.points.get("C", math.nan)).all():
+        out += extrapolation(fit, at["C"], at.get("D", 0.0))
     return out
 
 
@@ -357,94 +472,3 @@ def next_runs(
         after = max(float(cov[0, 0]), 0.0)
         out.append(NextRun(n, d, per_flop * n * d, math.sqrt(before), math.sqrt(after), 1 - after / before))
     return out
-
-
-# --- The command ---
-
-
-def predict_command(
-    path: str | Path,
-    budgets: Sequence[float],
-    *,
-    at: Mapping[str, float] = {},
-    next_count: int = 0,
-    level: float = 0.95,
-    as_json: bool = False,
-) -> None:
-    """`jaxlm predict`: prints what the fit in `path` says about budgets, as tables or as JSON.
-
-    Args:
-        path: fit.json, or the folder that holds it.
-        budgets: training FLOPs, one answer each; JSON of several is a list.
-        at: further inputs of the law, see `predict`.
-        next_count: how many next runs to recommend for each budget: those that cut Var[log N*] there, at the
-            inputs `at`, most.
-        level: of the intervals.
-        as_json: print JSON.
-
-    Raises:
-        UserError, Refusal: as `predict` and `next_runs` do, before anything is printed.
-    """
-    fit = load_fit(path)
-    check_inputs(fit, at)
-    results = [predict(fit, budget, level, **at) for budget in budgets]
-    after = [next_runs(fit, budget, k=next_count, **at) if next_count else [] for budget in budgets]
-    if as_json:
-        records = [_record(result, runs) for result, runs in zip(results, after, strict=True)]
-        print(json.dumps(records[0] if len(records) == 1 else records, indent=2))
-        return
-    for result, runs in zip(results, after, strict=True):
-        _show(fit, result, runs, at)
-
-
-def _record(result: Prediction, after: Sequence[NextRun]) -> dict:
-    """A prediction as JSON holds it."""
-    record = dataclasses.asdict(result)
-    for name in ("N", "D", "L", "L_law", "tokens_per_param"):
-        record[name] = getattr(result, name)._asdict()
-    return record | {"next": [dataclasses.asdict(run) for run in after]}
-
-
-def _show(fit: Fit, result: Prediction, after: Sequence[NextRun], at: Mapping[str, float]) -> None:
-    """Prints a prediction as tables, with the fit's warnings and its own."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(width=None if Console().is_terminal else 110)
-    budget, label = result.budget, f"{100 * result.level:g}%"
-    where = "".join(f", {name} = {value:.4g}" for name, value in at.items())
-    title = f"{fit.law} by {fit.method} at C = {budget:.4g} FLOPs{where}"
-    table = Table(title=title, title_justify="left")
-    for column in ("what", "value", f"{label} from", "to"):
-        table.add_column(column, justify="left" if column == "what" else "right")
-    rows = (
-        ("N*, parameters", result.N, "{:.4g}"),
-        ("D*, tokens", result.D, "{:.4g}"),
-        ("tokens per parameter", result.tokens_per_param, "{:.4g}"),
-        ("loss of the run, in the table's unit", result.L, "{:.5f}"),
-        ("loss, the law alone", result.L_law, "{:.5f}"),
-    )
-    for name, estimate, form in rows:
-        table.add_row(name, *(form.format(v) for v in estimate))
-    console.print(table)
-    steps = Table(title="tokens per parameter by compute", title_justify="left")
-    for column in ("C", "N*", "D*", "D*/N*", f"{label} from", "to"):
-        steps.add_column(column, justify="right")
-    for row in result.curve[::4]:
-        names = ("budget", "N", "D", "tokens_per_param", "tokens_per_param_lo", "tokens_per_param_hi")
-        steps.add_row(*(f"{row[name]:.4g}" for name in names))
-    console.print(steps)
-    if after:
-        title = f"runs that cut the variance of N* at C = {budget:.4g}{where} most"
-        plan = Table(title=title, title_justify="left")
-        for column in ("N", "D", "C", "sd of log N* before", "after", "variance removed"):
-            plan.add_column(column, justify="right")
-        for run in after:
-            numbers = [f"{v:.4g}" for v in (run.N, run.D, run.C, run.sd_before, run.sd_after)]
-            plan.add_row(*numbers, f"{run.reduction:.0%}")
-        console.print(plan)
-    for alarm in (*fit.diagnostics, *result.diagnostics):
-        if alarm["level"] != "note" or alarm in result.diagnostics:
-            console.print(
-                f"{alarm['level']}: {alarm['name']}: {alarm['text']}", highlight=False, markup=False
-            )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxlm.errors import UserError
-from jaxlm.scaling import design_checks, diagnostics, fit_checks, line_checks, optima, predict
+from jaxlm.scaling import design_checks, diagnostics, downstream, fit_checks, line_checks, optima, predict
 from jaxlm.scaling.diagnostics import Refusal, compare, examine, require, two_step
 from jaxlm.scaling.fit import run_fit
 from jaxlm.scaling.optima import fit_envelope, fit_isoflop
@@ -486,7 +486,7 @@ def test_every_pitfall_has_its_line():
 
 def test_the_documented_names_exist():
     """No name in the table of pitfalls that nothing raises."""
-    modules = (design_checks, line_checks, fit_checks, diagnostics, predict, optima)
+    modules = (design_checks, line_checks, fit_checks, diagnostics, predict, optima, downstream)
     source = "".join(Path(module.__file__).read_text() for module in modules)
     named = set(re.findall(r"\b[a-z0-9]+(?:_[a-z0-9]+)+\b", diagnostics.__doc__)) | {
         "extrapolation",

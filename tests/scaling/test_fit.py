@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 
 from jaxlm.errors import UserError
-from jaxlm.scaling.downstream import chain, fit_accuracy
 from jaxlm.scaling.fit import run_fit
 from jaxlm.scaling.fit_table import fit_command, parse_bounds, parse_pairs
 from jaxlm.scaling.record import Fit, flops_per_param_token, load_fit, optimum, predict_loss, save_fit
@@ -454,37 +453,6 @@ def test_fitting_loads_no_jax(csv, tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "o" / "fit.json").exists()
     assert list((tmp_path / "o").glob("*.png"))
-
-
-# --- Two steps ---
-
-
-def test_two_steps_give_the_accuracy_of_a_larger_model():
-    """Step 1 from runs' last losses, step 2 from all their evaluations, chained at eight times the
-    compute."""
-    rng = np.random.default_rng(0)
-    n = np.repeat([2e8, 4e8, 8e8, 1.6e9], 4)
-    d = n * np.tile([20, 40, 80, 160], 4)
-    task = 0.4 + 120 * n**-0.3 + 200 * d**-0.3
-    step1 = run_fit(Points(n, d, 6 * n * d, task), objective="huber", starts=4, draws=0, profile=False)
-
-    def accuracy(x):
-        return 0.25 + 0.75 / (1 + np.exp(4 * (x - 1.1)))
-
-    curves = []
-    for last in task:
-        loss = last + 1.5 * np.exp(-np.linspace(0, 6, 60))
-        curves.append((loss, accuracy(loss) + rng.normal(0, 0.004, 60)))
-    step2 = fit_accuracy(curves, draws=0, profile=False)
-    assert step2.objective == "mse"
-    big_n, big_d = 6e9, 6e11
-    true = 0.4 + 120 * big_n**-0.3 + 200 * big_d**-0.3
-    got = chain(step1, step2, big_n, big_d, loss=true, accuracy=accuracy(true))
-    assert abs(got.loss_error) < 1e-4
-    assert abs(got.accuracy_error) < 0.02
-    assert abs(got.chained_error) < 0.02
-    with pytest.raises(UserError, match="law of the loss"):
-        chain(step1, step1, big_n, big_d)
 
 
 # --- Speed ---

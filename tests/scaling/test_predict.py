@@ -10,9 +10,11 @@ import pytest
 from jaxlm.cli import main
 from jaxlm.errors import UserError
 from jaxlm.scaling import predict as predict_module
+from jaxlm.scaling.answers import predict_command
 from jaxlm.scaling.fit import run_fit
-from jaxlm.scaling.laws import get_law, to_coordinates
+from jaxlm.scaling.laws import LAWS, features, get_law, to_coordinates, to_parameters
 from jaxlm.scaling.laws import optimum as law_optimum
+from jaxlm.scaling.laws import predict as law_value
 from jaxlm.scaling.lines import Refusal
 from jaxlm.scaling.optima import fit_isoflop
 from jaxlm.scaling.predict import (
@@ -23,11 +25,11 @@ from jaxlm.scaling.predict import (
     next_runs,
     optima,
     predict,
-    predict_command,
     surface,
+    value_at,
 )
 from jaxlm.scaling.problem import make_problem
-from jaxlm.scaling.record import flops_per_param_token, optimum, predict_loss, save_fit
+from jaxlm.scaling.record import Fit, flops_per_param_token, optimum, predict_loss, save_fit
 from jaxlm.scaling.solve import refit
 from jaxlm.scaling.table import Points
 from jaxlm.scaling.uncertainty import bootstrap
@@ -218,6 +220,119 @@ def test_a_curve_leaves_out_what_has_no_optimum_and_says_so(fit, monkeypatch):
     assert missing["value"] == len(whole.curve) - len(result.curve) > 0
     with pytest.raises(Refusal, match="no interior optimum"):
         predict(fit, 1e18)
+
+
+def test_a_table_in_billions_has_the_same_optima(fit):
+    """Sizes and tokens below 1 are sizes and tokens: nothing is clipped at one parameter or token."""
+    unit = 1e-10
+    a, alpha, b, beta = (fit.names.index(name) for name in ("A", "alpha", "B", "beta"))
+    draws = np.array(fit.draws)
+    draws[:, a] *= unit ** draws[:, alpha]
+    draws[:, b] *= unit ** draws[:, beta]
+    p = fit.parameters
+    scaled = {"A": p["A"] * unit ** p["alpha"], "B": p["B"] * unit ** p["beta"]}
+    columns = {name: [unit * v for v in fit.points[name]] for name in "ND"}
+    small = dataclasses.replace(fit, parameters=p | scaled, draws=draws.tolist(), points=fit.points | columns)
+    one, other = constrained(fit), constrained(small)
+    got, want = predict(other, 1e20, U=unit * 1e12), predict(one, 1e20, U=1e12)
+    assert got.N.value == pytest.approx(unit * want.N.value, rel=1e-9)
+    assert pytest.approx(want.L, rel=1e-9) == got.L
+    assert min(row["N"] for row in got.curve) < 1
+    assert len(got.curve) == len(want.curve) == 25
+
+
+# --- The law at its inputs ---
+
+
+INPUTS = dict(N=2e8, D=3e9, C=4e18, U=1e9, sparsity=0.5, granularity=4.0, E=8.0, batch=500.0, L=2.5)
+
+
+def made(name, noise=0.01):
+    """A fit of this law whose draws scatter about made-up parameters, around runs at INPUTS."""
+    law, spread = LAWS[name], np.array([0.5, 0.8, 1.25, 2.0])
+    runs = {i: np.full(4, INPUTS[i]) * (1.0 if i in ("sparsity", "E") else spread) for i in law.inputs}
+    x = features(runs)
+    z = np.asarray(law.starts(x, np.array([2.9, 2.7, 2.5, 2.3])), float)[0]
+    p = to_parameters(law, z, x)
+    rng = np.random.default_rng(0)
+    draws = to_parameters(law, z * (1 + 1e-4 * rng.normal(size=(60, len(z)))), x)
+    return Fit(
+        law=name,
+        method="surface",
+        objective="huber",
+        delta=1e-3,
+        parameters=dict(zip(law.names, map(float, p), strict=True)),
+        names=law.names,
+        draws=draws.tolist(),
+        sigma=noise,
+        points={i: [math.nan] * 4 for i in "NDCL"} | {i: v.tolist() for i, v in runs.items()},
+    )
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_every_law_is_evaluated_at_its_inputs(name, tmp_path, capsys):
+    fit, law = made(name), LAWS[name]
+    at = {i: INPUTS[i] for i in law.inputs}
+    path = save_fit(fit, tmp_path)
+    flags = [f"--at={i}={v!r}" for i, v in at.items()]
+    assert main(["predict", f"--fit={path}", *flags, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    want = float(law_value(law, fit.parameters, at))
+    assert told["at"] == at
+    assert told["target"] == law.target
+    assert told["value"]["value"] == told["value_law"]["value"] == pytest.approx(want, rel=1e-12)
+    of_draws = [float(law_value(law, dict(zip(law.names, d, strict=True)), at)) for d in fit.draws]
+    for end in ("lo", "hi"):
+        assert min(of_draws) - 1e-12 <= told["value_law"][end] <= max(of_draws) + 1e-12
+    assert told["value"]["lo"] < told["value_law"]["lo"] <= told["value_law"]["hi"] < told["value"]["hi"]
+    assert told["diagnostics"] == []
+    assert main(["predict", f"--fit={path}", "--at=" + ",".join(f"{i}={v!r}" for i, v in at.items())]) == 0
+    text = capsys.readouterr().out
+    assert f"{want:.6g}" in text
+    assert "95% from" in text
+
+
+def test_the_value_at_inputs_is_that_of_a_held_out_run(fit):
+    """`--at` gives what `loss_interval` gives; an over-trained run's C is k N D."""
+    answer = value_at(fit, {"N": 1e8, "D": 1e10})
+    assert answer.value == loss_interval(fit, [1e8], [1e10])[0]
+    assert value_at(fit, {"N": 1e8, "D": 1e10}, 0.5).value.lo > answer.value.lo
+    trained = made("over_training")
+    k = flops_per_param_token(trained)
+    assert value_at(trained, {"N": 2e8, "D": 3e9}).at["C"] == k * 2e8 * 3e9
+    assert value_at(trained, {"N": 2e8, "D": 3e9}).value == loss_interval(trained, [2e8], [3e9])[0]
+
+
+def test_inputs_outside_of_the_runs_are_named():
+    """By how much, and as a warning beyond two decades; a loss outside is warned of at once."""
+    far = value_at(made("lr_power"), {"N": 8e8, "D": 6.6e11}).diagnostics
+    assert [(a["name"], a["level"]) for a in far] == [("extrapolation", "note"), ("extrapolation", "warning")]
+    assert [a["value"] for a in far] == pytest.approx([2.0, 110.0])
+    low = value_at(made("loss_to_accuracy"), {"L": 1.0}).diagnostics
+    assert [(a["name"], a["level"]) for a in low] == [("extrapolation", "warning")]
+    below = value_at(made("loss_c"), {"C": 8.8e20}).diagnostics
+    assert [(a["name"], a["level"], a["value"]) for a in below] == [
+        ("extrapolation", "warning", pytest.approx(110.0))
+    ]
+
+
+def test_what_an_answer_needs_is_said(fit, line, tmp_path, capsys):
+    path = save_fit(fit, tmp_path / "surface")
+    lines = save_fit(line, tmp_path / "lines")
+    rate = save_fit(made("lr_compute"), tmp_path / "rate")
+    for flags, said in (
+        ([f"--fit={path}"], "--budget, or --at for L = E + A N^-alpha + B D^-beta"),
+        ([f"--fit={path}", "--at=N=1e9"], "needs D too"),
+        ([f"--fit={path}", "--at=N=1e9,D=-1"], "D=-1.0 is outside"),
+        ([f"--fit={path}", "--at=N=1e9,D=1e10,U=1e9"], "has no input 'U'"),
+        ([f"--fit={path}", "--at=N=1e9,D=1e10", "--next=2"], "give --budget"),
+        ([f"--fit={path}", "--at=N=1e9", "--budget=1e21"], "without a budget"),
+        ([f"--fit={lines}"], "needs --budget"),
+        ([f"--fit={lines}", "--at=C=1e21"], "no input besides the budget"),
+        ([f"--fit={rate}", "--budget=1e22"], "Ask for its value at C (jaxlm predict --at)"),
+    ):
+        assert main(["predict", *flags]) == 2, flags
+        assert said in capsys.readouterr().err, flags
 
 
 # --- The next runs ---
