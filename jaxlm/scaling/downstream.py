@@ -37,15 +37,6 @@ class Chained:
     diagnostics: list[dict]
 
 
-def last_evaluations(loss: Float64[np.ndarray, "E"], window: int = WINDOW) -> float:
-    """The mean of the last evaluations of a run, what step 1 fits.
-
-    >>> last_evaluations(np.array([9.0, 3, 2, 2, 2, 1]))
-    2.0
-    """
-    return float(np.mean(loss[-window:]))
-
-
 def smoothed(values: Float64[np.ndarray, "E"], window: int = WINDOW) -> Float64[np.ndarray, "S"]:
     """Running averages of a run's evaluations after its first tenth.
 

@@ -8,7 +8,7 @@ import pytest
 
 from jaxlm.cli import main
 from jaxlm.errors import UserError
-from jaxlm.scaling.downstream import IDEAL, WINDOW, averaged, chain, last_evaluations, smoothed
+from jaxlm.scaling.downstream import IDEAL, WINDOW, averaged, chain, smoothed
 from jaxlm.scaling.predict import law_rows, loss_interval, value_at
 from jaxlm.scaling.record import load_fit
 from jaxlm.scaling.table import Points
@@ -68,7 +68,6 @@ def test_running_averages_of_every_run_and_the_ideal_point():
     assert [len(part) for part in want] == [10 - 1 - WINDOW + 1, 20 - 2 - WINDOW + 1, 1]
     assert np.bincount(got.block).tolist() == [len(part) for part in want]
     assert got.rows[[0, 4, 5, -2, -1]].tolist() == [25, 29, 6, 19, -1]
-    assert last_evaluations(x[20:]) == pytest.approx(got.L[4])
 
 
 def test_two_steps_give_the_accuracy_of_a_larger_model(fits, capsys):
