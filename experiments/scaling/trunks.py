@@ -12,8 +12,8 @@ Command:
 Hardware: two CPU cores, 4 GB.
 Expected: after 1.5 million bytes the branches of 41k, 80k, 131k and 195k parameters end at 1.729, 1.654,
 1.595, 1.554 nats per byte, and the runs with a linear decay at 1.753, 1.660, 1.599, 1.557: 1.4, 0.4, 0.2 and
-0.2% higher. Four sizes within a factor of 5 and four trunks do not identify the surface: a = 0.83 (95% 0.55
-to 0.87), E between 0 and 1.03, and 110 of 400 block draws fail; the report warns of each.
+0.2% higher. Four sizes within a factor of 5 and four trunks do not identify the surface: a = 0.83 (95% 0.36
+to 0.87), E between 0 and 1.16; the report warns of each.
 Report: experiments/scaling/results/trunks/report.md; the annealing law on the curves: annealing.md beside it.
 Last run: 2026-11-22, commit a060450.
 
