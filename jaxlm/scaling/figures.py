@@ -279,16 +279,20 @@ def residuals(fit: Fit) -> Any:
     The shaded region of the quantile plot holds each order statistic of a normal sample 95% of the time.
     """
     r = 100 * np.asarray(fit.residuals)
-    x_name = "C" if "C" in fit.points else next(n for n in get_law(fit.law).inputs if n in fit.points)
+    known = _known(fit)
+    x_name = "C" if "C" in known else next(n for n in get_law(fit.law).inputs if n in known)
     x = np.asarray(fit.points[x_name], np.float64)
+    runs = np.asarray(fit.points.get("row", np.zeros(len(x)))) >= 0  # row -1: a point that no run made
     figure, (left, right) = new_figure(6.8, 2.9, 1, 2)
     left.axhline(0, color=INK, linewidth=0.8)
     for edge in (-2, 2):
         left.axhline(edge * 100 * fit.sigma, color=GREY, linewidth=0.8, linestyle=(0, (4, 2)))
-    left.plot(x, r, "o", color=COLOURS[0], markersize=3.5, alpha=0.75, markeredgewidth=0)
+    left.plot(x[runs], r[runs], "o", color=COLOURS[0], markersize=3.5, alpha=0.75, markeredgewidth=0)
     left.set_ylabel("measured / fitted - 1 (%)")
     text = power_text if x_name == "C" else count_text
-    log_axis(left, "x", *span(x), "training compute $C$ (FLOPs)" if x_name == "C" else f"${x_name}$", text)
+    log_axis(
+        left, "x", *span(x[runs]), "training compute $C$ (FLOPs)" if x_name == "C" else f"${x_name}$", text
+    )
     left.set_title(f"(a)  dashed: $\\pm2\\sigma$, $\\sigma$ = {100 * fit.sigma:.2g}%", fontsize=8)
     reach = 1.12 * max(np.abs(r).max(), 200 * fit.sigma)
     left.set_ylim(-reach, reach)
@@ -402,6 +406,11 @@ def symbol(name: str) -> str:
 # --- All that makes sense for one fit ---
 
 
+def _known(fit: Fit) -> set[str]:
+    """Columns of the fit's points that hold numbers: a law of C alone has no N, one of the loss no C."""
+    return {name for name, values in fit.points.items() if np.isfinite(np.asarray(values, float)).all()}
+
+
 def draw_fit(fit: Fit, out_dir: str | Path) -> list[Path]:
     """Draw a fit into `out_dir`, as PNG; what its law or method has no picture of is left out.
 
@@ -409,7 +418,7 @@ def draw_fit(fit: Fit, out_dir: str | Path) -> list[Path]:
         The files: residuals, isoflop, envelope, surface, optimum, tokens_per_parameter, profiles.
     """
     pictures: dict[str, Any] = {}
-    grid = {"N", "D", "C", "L"} <= fit.points.keys()
+    grid = {"N", "D", "C", "L"} <= _known(fit)
     if fit.residuals and fit.sigma > 0:
         pictures["residuals"] = residuals(fit)
     if grid and find_budgets(points_of(fit))[0]:

@@ -48,7 +48,7 @@ def fits(tmp_path_factory):
         evaluations += [(f"run{i}", x, y) for x, y in zip(path, got, strict=True)]
     first = write(folder / "runs.csv", ("N", "D", "loss"), runs)
     second = write(folder / "evaluations.csv", ("run", "loss", "accuracy"), evaluations)
-    common = ["--draws=100", "--noprofile", "--noplots", "--starts=4"]
+    common = ["--draws=100", "--noprofile", "--starts=4"]
     columns = "--columns=N=N,D=D,loss=loss"
     assert main(["fit", f"--table={first}", columns, *common, f"--out={folder / 'loss'}"]) == 0
     given = ["--law=loss_to_accuracy", "--objective=mse", "--block=run", "--evaluations"]
@@ -75,6 +75,7 @@ def test_two_steps_give_the_accuracy_of_a_larger_model(fits, capsys):
     step1, step2 = load_fit(first), load_fit(second)
     assert step2.bootstrap["blocks"] == len(SIZES) * len(RATIOS) + 1
     assert any("running averages" in note for note in step2.notes)
+    assert [path.name for path in second.glob("*.png")] == ["residuals.png"]  # of loss alone: no surface
     at = f"--at=N={BIG[0]},D={BIG[1]}"
     assert main(["predict", f"--fit={first}", f"--then={second}", at, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)

@@ -292,6 +292,22 @@ def test_every_law_is_evaluated_at_its_inputs(name, tmp_path, capsys):
     assert "95% from" in text
 
 
+def test_a_table_of_best_rates_is_fitted_drawn_and_asked(tmp_path, capsys):
+    """From a table that holds C and lr alone to the rate of a larger run."""
+    rng = np.random.default_rng(0)
+    rows = [(c, 0.3118 * c**-0.125 * math.exp(rng.normal(0, 0.02))) for c in np.geomspace(1e17, 1e20, 12)]
+    table = tmp_path / "rates.csv"
+    table.write_text("C,lr\n" + "".join(f"{c!r},{lr!r}\n" for c, lr in np.array(rows).tolist()))
+    given = ["fit", f"--table={table}", "--columns=C=C,lr=lr", "--law=lr_compute", "--noprofile"]
+    assert main([*given, "--draws=100", f"--out={tmp_path / 'fit'}"]) == 0
+    assert [path.name for path in (tmp_path / "fit").glob("*.png")] == ["residuals.png"]
+    capsys.readouterr()
+    assert main(["predict", f"--fit={tmp_path / 'fit'}", "--at=C=1e22", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["target"] == "lr"
+    assert told["value_law"]["lo"] < 0.3118 * 1e22**-0.125 < told["value_law"]["hi"]
+
+
 def test_the_value_at_inputs_is_that_of_a_held_out_run(fit):
     """`--at` gives what `loss_interval` gives; an over-trained run's C is k N D."""
     answer = value_at(fit, {"N": 1e8, "D": 1e10})
