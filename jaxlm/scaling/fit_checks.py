@@ -12,6 +12,7 @@ from jaxlm.scaling.table import Points
 
 LOOSE = {"L": 0.05}  # robust deviation of the log residuals beyond which a law describes no table, by target
 LOOSE_ELSE = 0.3  # of other targets: a tuned learning rate is known to a factor
+FLOOR = 1 / 3  # width of an interval of E over it, from which on the data do not hold E
 RIDGE = 10.0  # ends of an interval over each other, of a positive parameter that is no level of a power
 LEVELS = ("N_c", "D_c")  # of powers in laws that are no sum: as wide as the exponent lets them be
 REACHED = 1e-6  # gap to the best objective, relative, at which a start counts as arrived
@@ -141,7 +142,7 @@ def identification(fit: Fit, points: Points) -> Found:
         value, ends = fit.parameters[floor], _widest(fit, floor)
         bare = value < 1e-3 * lowest
         loose = ends is not None and (
-            None in ends or ends[0] < 0.02 * lowest or ends[1] - ends[0] > 0.5 * value
+            None in ends or ends[0] < 0.02 * lowest or ends[1] - ends[0] > FLOOR * value
         )
         if bare or loose or _open(fit, floor):
             span = "unknown" if ends is None or None in ends else f"{ends[0]:.4g} to {ends[1]:.4g}"
