@@ -356,11 +356,14 @@ def test_meshes_that_a_model_cannot_use_are_refused_with_the_config(folder: Path
     split = config("seq2seq", folder, mesh={"sequence": 2}, model=kernel)
     with pytest.raises(UserError, match=r"sees whole rows of inputs, which mesh.sequence=2 splits"):
         run.plan(split)
-    apart = {"attention": {"num_heads": 2, "context": "ulysses"}, "position": {"kind": "none"}}
-    apart = {**apart, "disentangled": {"span": 8}}
-    staged = config("mlm", folder, mesh={"pipe": 2, "sequence": 2}, model=apart)
-    with pytest.raises(UserError, match=r"'ulysses' does not go with model.disentangled"):
-        run.plan(staged)
+    apart = {"position": {"kind": "none"}, "disentangled": {"span": 8}}
+    for context in ("gather", "ulysses"):
+        model = {**apart, "attention": {"num_heads": 2, "context": context}}
+        staged = config("mlm", folder, mesh={"pipe": 2, "sequence": 2}, model=model)
+        with pytest.raises(
+            UserError, match=r"mesh.pipe=2 with columns .* mesh.sequence does not go with model"
+        ):
+            run.plan(staged)
     ring = config("prefix_lm", folder, model={"attention": {"num_heads": 2, "context": "ring"}})
     with pytest.raises(UserError, match=r"context='ring' has no allowed"):
         run.plan(ring)
