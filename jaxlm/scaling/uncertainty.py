@@ -297,11 +297,14 @@ def profile(
                 break
         ends.append(inner[0] if end is None else end)
     order = np.argsort(zs)
-    to_public = (lambda z: np.exp(z)) if name in law.logs else (lambda z: z)
+    to_public = np.exp if name in law.logs else float
+    with np.errstate(over="ignore"):
+        ends = [float(to_public(end)) for end in ends]  # inf where the walk went beyond what a float holds
+        zs = [float(to_public(z)) for z in zs]
     told = {
-        "grid": [float(to_public(zs[i])) for i in order],
+        "grid": [zs[i] for i in order],
         "value": [values[i] for i in order],
-        "interval": [float(to_public(end)) for end in ends],
+        "interval": ends,
         "cutoff": best + rise,
     }
     return told, best_phi
