@@ -21,7 +21,7 @@ other objectives and ways to count give. With E fixed at the floor the residuals
 An interior minimum at every budget, .2545, .1710, .1071 and .0753 above the floor: C^-.36, C^-.39, C^-.32.
 `tune` is best at 4e-3.
 Report: experiments/scaling/results/markov/report.md
-Last run: 2026-11-22, commit 36f2390.
+Last run: 2026-11-22, commits 36f2390, 4ef40b6 and ce04b0c, 10 of the runs with changes in this file.
 
 Why this source: a law L = E + A N^-alpha + B D^-beta can hold only while there is always more to learn, in
 portions whose worth falls as a power of their rank. An earlier source had 40 symbols and rows as different
@@ -40,8 +40,9 @@ from 2e-3 to 32e-3 (on the first 8 MB of the text); 4e-3 against 8e-3 is 2.6660 
 of 3e11, 2.6021 and 2.6037 at that of 1e12: the optimum is flat, and hardly moves.
 
 What limits the test: two runs with few steps decide much of beta (59k parameters at 1e11, .6% above the
-surface, and 131k at 3e11, 1.0% below it), so that the interval by sandwich is 2.7 times the bootstrap's; and
-one source and one seed are one draw, which does not show that 95 of 100 such intervals would cover.
+surface, and 131k at 3e11, 1.0% below it), so that its standard error by sandwich is 2.6 times
+the bootstrap's; and one source and one seed are one draw, which does not show that 95 of 100 such intervals
+would cover.
 
 Otherwise it differs from `smoke.py` in its exact GELU and its text, of which there is as much as one likes:
 no run reads any of it twice. The floor is `floor` in data/markov/markov.json, see `jaxlm.data.markov`.

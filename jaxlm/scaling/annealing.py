@@ -26,6 +26,7 @@ from scipy.optimize import least_squares, nnls
 from jaxlm.errors import UserError, check, check_choice
 from jaxlm.scaling.curve_figures import late_range, rate_axis
 from jaxlm.scaling.curves import Curve, areas, read_curve
+from jaxlm.scaling.lines import percentiles
 from jaxlm.scaling.page import write_text
 from jaxlm.scaling.style import (
     COLOURS,
@@ -235,10 +236,9 @@ def fit_annealing(
     if not block:
         block = max(round(len(problem.loss) ** (1 / 3)), *(4 * c.reach + 2 for c in curves))
     drawn, failed = _bootstrap(curves, problem, best, delta, draws, resample, block, seed)
-    tails = [50 * (1 - level), 50 * (1 + level)]
     intervals = {}
     if len(drawn) > 1:
-        intervals = {n: np.percentile(drawn[:, i], tails).tolist() for i, n in enumerate(NAMES)}
+        intervals = {n: percentiles(drawn[:, i], (1 - level) / 2) for i, n in enumerate(NAMES)}
     return AnnealingFit(
         parameters=parameters,
         intervals=intervals,
@@ -377,7 +377,8 @@ def predict_curve(
     centre = curve_loss(fit.parameters, lr)
     spread = np.log(np.stack([curve_loss(dict(zip(NAMES, d, strict=True)), lr) for d in fit.draws]))
     noise = np.random.default_rng(fit.seed).normal(0.0, fit.sigma, (len(fit.draws), 1))
-    low, high = np.exp(np.percentile(spread + noise, [50 * (1 - fit.level), 50 * (1 + fit.level)], axis=0))
+    tails = [50 * (1 - fit.level), 50 * (1 + fit.level)]
+    low, high = np.exp(np.percentile(spread + noise, tails, axis=0, method="weibull"))
     return centre, low, high
 
 

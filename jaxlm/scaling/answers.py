@@ -99,8 +99,13 @@ def _two_steps(
 ) -> None:
     """Prints what two fits, one after the other, say about budgets or inputs, and of held-out runs."""
     check(bool(budgets or at or measured), "--then needs --budget, --at or --measured")
+    for which, one, reads in (("--fit", fit, False), ("--then", second, True)):
+        law = None if one.method in LINES else get_law(one.law)
+        right = law is not None and law.inputs == ("L",) if reads else law is None or law.target == "L"
+        check(right, f"{which} must be a law {'of' if reads else 'that gives'} the loss, not {one.law!r}")
     if budgets:
-        asked = [(f"C = {c:.4g} FLOPs", best_loss(fit, c, **at)) for c in budgets]
+        with_at = f", {_where(at)}" if at else ""
+        asked = [(f"C = {c:.4g} FLOPs{with_at}", best_loss(fit, c, **at)) for c in budgets]
     else:
         asked = [(_where(at), rows_at(fit, at)[1])] if at else []
     results = [(where, chain(fit, second, rows, level)) for where, rows in asked]

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def read_csv(path: Path, content: bytes) -> tuple[dict[str, np.ndarray], np.ndar
         "`pandas.read_json(path, lines=True).to_csv('runs.csv')`",
     )
     top = [line for line in text.splitlines()[:20] if line.strip()][:2]
-    below = len(top) < 2 or any(number(cell) is not None for cell in top[1].split(","))
+    below = len(top) < 2 or any(number(cell) is not None for cell in re.split(r"[,;|\t]", top[1]))
     check(
         first != "#" or below,
         f"table {str(path)!r} begins with a comment: delete the lines with # above the header",

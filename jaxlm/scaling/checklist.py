@@ -15,7 +15,7 @@ from jaxlm.scaling.evidence import Evidence, cells, number_text, texts
 from jaxlm.scaling.laws import get_law
 from jaxlm.scaling.page import Grid
 from jaxlm.scaling.predict import LINES
-from jaxlm.scaling.record import Fit
+from jaxlm.scaling.record import Fit, calibrated
 from jaxlm.scaling.style import count_text
 
 MISSING = "not stated"
@@ -66,7 +66,7 @@ def _of_fit(fit: Fit, runs: Sequence[HeldOut], why_not: str) -> list[tuple[str, 
     kinds = sorted({kind for found in fit.intervals.values() for kind in found})
     asked, failed = fit.bootstrap.get("asked", len(fit.draws)), fit.bootstrap.get("failed", 0)
     boot = (
-        f"{fit.bootstrap.get('kind', '')} bootstrap, {asked} draws of which {failed} failed"
+        f"{fit.bootstrap.get('kind', '')} bootstrap, {asked} draws of which {failed} failed{calibrated(fit)}"
         if fit.draws
         else ""
     )

@@ -61,7 +61,11 @@ def averaged(evaluations: Points) -> Points:
       UserError: no blocks, or too few evaluations of a run.
     """
     check(evaluations.block is not None, "--evaluations needs --block, the column that names the run")
+    check(evaluations.sigma is None, "--evaluations averages rows: leave sigma out of --columns")
     runs = [np.flatnonzero(evaluations.block == run) for run in np.unique(evaluations.block)]
+    for run, rows in zip(np.unique(evaluations.block), runs, strict=True):
+        kept = len(rows) - int(np.ceil(SKIPPED * len(rows)))
+        check(kept >= WINDOW, f"run {run} has {kept} evaluations after its first tenth; it needs {WINDOW}")
     loss = [smoothed(evaluations.L[rows]) for rows in runs]
     accuracy = [smoothed(evaluations.extra["accuracy"][rows]) for rows in runs]
     block = np.repeat(np.arange(len(runs) + 1), [*map(len, loss), 1])

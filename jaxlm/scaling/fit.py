@@ -247,9 +247,9 @@ def _at_bounds(problem: Problem, phi: np.ndarray) -> list[str]:
     for k in np.flatnonzero((phi <= problem.lower) | (phi >= problem.upper)):
         rows = {n: row for n, row in zip(problem.law.names, problem.basis, strict=True) if row[k]}
         # An exponent moves its centred coefficient too: the name is of what moves with this coordinate alone.
-        moved = [n for n, row in rows.items() if np.count_nonzero(row) == 1] or list(rows)
+        moved = [n for n, row in rows.items() if np.count_nonzero(row) == 1] or list(rows)[:1]
         vanished = moved[0] in problem.law.logs and phi[k] <= problem.lower[k]
-        out.append(f"{' = '.join(moved[:1])} {'vanishes' if vanished else 'is at its bound'}")
+        out.append(f"{' = '.join(moved)} {'vanishes' if vanished else 'is at its bound'}")
     return out
 
 

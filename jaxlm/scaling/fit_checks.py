@@ -178,12 +178,13 @@ def at_bound(fit: Fit, points: Points) -> Found:
     bounded = fit.settings.get("bounds", {})
     out: Found = []
     for text in fit.settings.get("at_bounds", ()):
-        name = text.split()[0]
-        whose = "that --bound gives" if name in bounded else "of the law itself"
+        tied = text.rsplit(" vanishes", 1)[0].rsplit(" is at", 1)[0].split(" = ")
+        name, given = tied[0], any(one in bounded for one in tied)
+        whose = "that --bound gives" if given else "of the law itself"
         what = (
             f"{text} ({whose}): {name} = {fit.parameters[name]:.6g} is no estimate, and it has no covariance"
         )
-        out += found("at_bound", "note" if name in bounded else "warning", what, name)
+        out += found("at_bound", "note" if given else "warning", what, name)
     return out
 
 

@@ -17,7 +17,7 @@ from jaxlm.scaling import diagnostics, downstream, table
 from jaxlm.scaling.fit import METHODS, SAME, run_fit
 from jaxlm.scaling.laws import get_law
 from jaxlm.scaling.lines import Refusal
-from jaxlm.scaling.record import SURFACES, Fit, save_fit
+from jaxlm.scaling.record import SURFACES, Fit, calibrated, save_fit
 from jaxlm.scaling.table import Points
 
 
@@ -155,9 +155,10 @@ def fit_command(
         folder = Path(out) / _folder_name(label) if label else Path(out)
         title = f"{group}={label}: " if label else ""
         try:
-            points, excluded, notes = table.select(
+            read, excluded, notes = table.select(
                 part, roles, where=where, drop_highest=drop_highest, needs=needs
             )
+            points = downstream.averaged(read) if evaluations else read
         except UserError as error:
             if not label:
                 raise
@@ -167,13 +168,12 @@ def fit_command(
         data = _data(
             part,
             roles,
-            points,
+            read,
             where=where,
             drop_highest=drop_highest,
             group=f"{group}={label}" if label else "",
         )
         if evaluations:
-            points = downstream.averaged(points)
             notes = [*notes, f"running averages of {downstream.WINDOW} evaluations, and accuracy 1 at loss 0"]
         done: list[Fit] = []
         for name in methods:
@@ -302,6 +302,6 @@ def describe(fit: Fit, title: str) -> list:
     kind = fit.bootstrap.get("kind", "")
     if fit.draws:
         failed = fit.bootstrap.get("failed", 0)
-        lines.append(f"{len(fit.draws)} bootstrap draws ({kind}), {failed} failed")
+        lines.append(f"{len(fit.draws)} bootstrap draws ({kind}), {failed} failed{calibrated(fit)}")
     lines += [f"note: {text}" for text in fit.notes]
     return [grid, *map(escape, lines), *map(_alarm, fit.diagnostics)]

@@ -32,10 +32,13 @@ def require_rank(problem: Problem, points: Points, law: str) -> None:
         values = np.unique(column)
         if len(values) >= free:
             continue
-        for count in range(len(values) + 1, free + 2):
-            more = _spread(values, count)[np.random.default_rng(0).integers(count, size=len(column))]
-            moved = dataclasses.replace(problem, x=features(inputs | {role: more}))
+        for count in range(len(values), free + 2):
+            # Dealt out in a random order, every value about as often: as many values as there are, too.
+            places = np.random.default_rng(0).permutation(np.arange(len(column)) % count)
+            moved = dataclasses.replace(problem, x=features(inputs | {role: _spread(values, count)[places]}))
             if _rank(moved, starts) == free:
+                if count == len(values):
+                    break  # their number is not the reason, but which runs have which
                 raise Refusal(f"too_few_{role}", _text(problem, law, role, len(values), count))
 
 
@@ -57,7 +60,8 @@ def _spread(values: np.ndarray, count: int) -> np.ndarray:
 
 def _text(problem: Problem, law: str, role: str, seen: int, needed: int) -> str:
     names = ", ".join(n for n, row in zip(problem.law.names, problem.basis, strict=True) if np.any(row))
-    other = {"D": "loss_n", "N": "loss_d"}.get(role, "")
+    both = problem.law.target == "L" and {"N", "D"} <= set(problem.law.inputs)
+    other = {"D": "loss_n", "N": "loss_d"}.get(role, "") if both else ""
     alone = f", or fit a law in {'N' if role == 'D' else 'D'} alone, --law={other}" if other else ""
     return (
         f"law {law!r} with {names} free needs {needed} different {role} and these runs have {seen}: other "

@@ -58,6 +58,12 @@ class Fit:
     settings: dict = dataclasses.field(default_factory=dict)  # every setting, tolerances, grid, versions
 
 
+def calibrated(fit: Fit) -> str:
+    """What must be said beside a number of draws whose percentiles were calibrated, else ''."""
+    factor = fit.bootstrap.get("calibration", 1.0)
+    return "" if factor == 1 else f", normal quantile x {factor:.3g} by a double bootstrap"
+
+
 def flops_per_param_token(fit: Fit) -> float:
     """k of C = k N D: the geometric mean over the fit's points in the top decade of C; 6 without points.
 

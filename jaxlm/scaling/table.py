@@ -114,7 +114,7 @@ def read_table(path: str | Path) -> Table:
     except OSError as error:
         raise UserError(f"table {str(path)!r} cannot be read: {error.strerror}") from None
     digest = hashlib.sha256(content).hexdigest()
-    packed = content[:2] in (b"\x1f\x8b", b"PK", b"BZ")
+    packed = content.startswith((b"\x1f\x8b", b"PK\x03\x04", b"BZh"))
     check(
         not packed, f"table {str(path)!r} is packed: unpack it first (gunzip, unzip; a workbook: save as CSV)"
     )

@@ -374,11 +374,11 @@ def test_the_widest_interval_decides(surface):
 
 
 def test_the_small_sweep_of_the_quickstart_has_no_floor():
-    """Its E is 1.13, to a quarter by the profile; the bootstrap, which its report prints, to two fifths."""
+    """Its E is 1.15: the bootstrap, which its report prints, says to a third; the profile to two thirds."""
     table = read_table(Path(__file__).parents[2] / "experiments/scaling/results/smoke/table.csv")
     fit = run_fit(select(table, {})[0], ties=("alpha=beta",), starts=4, draws=200)
     widths = {kind: ends[1] - ends[0] for kind, ends in fit.intervals["E"].items()}
-    assert widths["profile"] < 0.3 * fit.parameters["E"] < fit.parameters["E"] / 3 < widths["bootstrap"]
+    assert widths["bootstrap"] < 0.4 * fit.parameters["E"] < 0.5 * fit.parameters["E"] < widths["profile"]
     assert "E_not_identified" in names(fit.diagnostics, "warning")
 
 

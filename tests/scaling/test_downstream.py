@@ -149,6 +149,8 @@ def test_two_steps_ask_for_what_they_need(fits, capsys):
         (["--columns=N=n", "--budget=1e21"], "--measured"),
         ([f"--then={second}", "--budget=1e21", "--next=1"], "without --then"),
         ([f"--then={first}", "--budget=1e21"], "law of the loss"),
+        ([f"--then={first}", "--measured=x.csv"], "law of the loss"),
+        ([f"--fit={second}", f"--then={second}", "--at=L=2.5"], "must be a law that gives the loss"),
         ([f"--then={second}", "--at=N=1e9"], "needs D too"),
     ):
         assert main(["predict", f"--fit={first}", *flags]) == 2, flags

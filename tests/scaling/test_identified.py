@@ -61,6 +61,15 @@ def test_too_few_values_of_one_input_are_refused(role, values):
     assert run_fit(points, law="loss_n" if role == "D" else "loss_d", **LIGHT).value > 0
 
 
+def test_inputs_that_move_together_are_not_called_too_few():
+    """Repeats that no run has: no number of U would bring them, and none is asked for."""
+    n, u = grid(np.geomspace(5e7, 5e9, 6), np.geomspace(1e9, 1e11, 4))
+    truth = TRUTH | dict(R_D=15.4, R_N=5.3)
+    points = made_up("data_constrained", truth, N=n, D=u / 2, U=u)
+    assert len(np.unique(points.extra["U"])) == 4
+    assert np.isfinite(run_fit(points, "data_constrained", **LIGHT).value)
+
+
 def test_enough_values_are_not_refused():
     for sizes, tokens in ((3, 8), (8, 3), (3, 3)):
         assert run_fit(rectangle(sizes, tokens), **LIGHT).value > 0

@@ -278,6 +278,13 @@ def test_what_is_no_table_is_refused(table, text, said):
         table(text)
 
 
+@pytest.mark.parametrize(
+    "text", ["#n;d;loss\n1;2;3\n", "#n,d,loss\n1,2,3\n", "PK,d,loss\n1,2,3\n", "BZ,d\n1,2\n"]
+)
+def test_headers_that_look_like_something_else_are_read(table, text):
+    assert list(table(text).columns) == text.splitlines()[0].replace(";", ",").split(",")
+
+
 def test_other_files_are_refused(tmp_path):
     with pytest.raises(UserError, match="not a file"):
         read_table(tmp_path)
