@@ -36,6 +36,7 @@ class Launcher:
     rank: str  # this one's number
     local: str  # its number on its machine
     started: str = ""  # is set in its processes and in no other; '' = `count` is
+    step: str = ""  # processes of this step, of which `count` may tell more: an interactive shell is one
 
 
 # The first that fits counts: `mpirun` under SLURM leaves the variables of both. What needs a server to be
@@ -50,7 +51,13 @@ LAUNCHERS = (
     ),
     # A batch script, which is one process, has the number of tasks too, but no step.
     Launcher(
-        "SLURM", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST"
+        "SLURM",
+        "SLURM_STEP_NODELIST",
+        "SLURM_NTASKS",
+        "SLURM_PROCID",
+        "SLURM_LOCALID",
+        "SLURM_STEP_NODELIST",
+        "SLURM_STEP_NUM_TASKS",
     ),
     Launcher("MPI", "", "PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID"),
 )
@@ -62,10 +69,16 @@ def launcher(environment: Mapping[str, str]) -> Launcher | None:
     >>> launcher({"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2"}).name
     'SLURM'
     >>> launcher({"SLURM_NTASKS": "2"})
+    >>> shell_of_salloc = {"SLURM_STEP_NODELIST": "n1", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}
+    >>> launcher(shell_of_salloc)
     """
     for each in LAUNCHERS:
-        if (each.started or each.count) in environment and int(environment.get(each.count, "1")) > 1:
+        if (each.started or each.count) not in environment:
+            continue
+        if int(environment.get(each.step or each.count) or environment.get(each.count) or "1") > 1:
             return each
+        if not each.started:
+            return None  # `mpirun -n 1` in a step of several
     return None
 
 
@@ -78,6 +91,8 @@ def start(coordinator: str = "", num_processes: int | None = None, process_id: i
             too if a launcher's variables say that there are several processes.
         num_processes: in all.
         process_id: this one's number, from 0.
+
+    Under a launcher a process has one GPU of its machine, unless JAX_LOCAL_DEVICE_IDS names others.
 
     Raises:
         UserError: flags that do not belong together, nobody to join, or several processes that were started
@@ -99,7 +114,9 @@ def start(coordinator: str = "", num_processes: int | None = None, process_id: i
             )
         try:
             jax.distributed.initialize()
-        except ValueError as error:  # no cluster that JAX knows
+        except (ValueError, RuntimeError) as error:  # no cluster that JAX knows, or none that it can ask
+            if isinstance(error, RuntimeError) and "mpi4py" not in str(error):
+                raise
             raise UserError(
                 f"--coordinator={coordinator}: JAX finds no cluster here ({error}); give "
                 "--coordinator=HOST:PORT --num_processes=N --process_id=I"
@@ -109,7 +126,9 @@ def start(coordinator: str = "", num_processes: int | None = None, process_id: i
     if several is not None and num_processes is None and process_id is None and several.rank in os.environ:
         num_processes, process_id = int(os.environ[several.count]), int(os.environ[several.rank])
         given = {several.count: num_processes, several.rank: process_id}
-        local = [int(os.environ[several.local])] if several.local in os.environ else None  # its own GPU
+    # A process takes the GPU of its number on its machine, unless it is told which.
+    if several is not None and several.local in os.environ and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
+        local = [int(os.environ[several.local])]
     for name, value in given.items():
         check(value is not None, f"--coordinator={coordinator} needs {name}")
     host, colon, port = coordinator.rpartition(":")

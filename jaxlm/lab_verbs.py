@@ -42,7 +42,7 @@ def _need_extra(verb: str) -> None:
 def _plan_flags(values: flags.FlagValues) -> None:
     _text(values, "workdir", None, "sweep directory; the plan is kept in its plan.json")
     _text(values, "name", "grid", "of the plan; a sweep directory holds several")
-    _switch(values, "dry_run", False, "print the same and write nothing")
+    _switch(values, "dry_run", False, "print the same and write nothing into the sweep directory")
     _text(values, "chip", "", "estimate time on this chip, such as v5p; default: this machine, measured")
     _whole(values, "num_chips", 1, "chips that train one run", 1)
     _real(

@@ -90,7 +90,10 @@ def tiles(cfg: RunConfig) -> tuple[int, int]:
 def retiled(cfg: RunConfig, num_devices: int) -> Iterator[RunConfig]:
     """The layout with half and with twice the tiles, where they divide the columns of a device."""
     own, length = tiles(cfg), cfg.data.seq_len
-    columns = length // cfg.mesh.shape(num_devices)[MESH_AXES.index("sequence")]
+    parts = cfg.mesh.shape(num_devices)[MESH_AXES.index("sequence")]
+    if parts > 1 and cfg.model.attention.context == "ring":
+        return  # the ring computes attention itself
+    columns = length // parts
     for pair in ([n // 2 for n in own], [n * 2 for n in own]):
         if all(n and n % LANES == 0 and length % n == columns % n == 0 for n in pair):
             attention = dataclasses.replace(cfg.model.attention, tile_q=pair[0], tile_k=pair[1])

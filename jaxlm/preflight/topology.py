@@ -32,6 +32,7 @@ from jaxlm.sharding import MeshConfig, make_mesh
 
 TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
 GPUS = tuple(gpu.KINDS)
+GPUS_OF_HOST = 8
 _ALIASES = {"v7x": "tpu7x"}
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -99,14 +100,15 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
 
 
 def likely_topology(chip: str, count: int) -> Topology | None:
-    """The slice of so many chips whose shape is nearest to a cube; None for chips without a compiler here.
+    """The slice of so many chips whose shape is nearest to a cube; None if none can be compiled for.
 
     >>> likely_topology("v5p", 128).name, likely_topology("v5p", 4).name, likely_topology("v5e", 8).name
     ('v5p:4x4x8', 'v5p:2x2x1', 'v5e:2x4')
-    >>> likely_topology("v100", 8)
+    >>> likely_topology("v100", 8), likely_topology("h100", 16)  # several hosts of GPUs: not compiled
+    (None, None)
     """
     kind = next((name for name in (*TPUS, *GPUS) if {"tpu7x": "v7x"}.get(name, name) == chip), "")
-    if not kind:
+    if not kind or (kind in GPUS and count > GPUS_OF_HOST):
         return None
     divisors = [n for n in range(1, count + 1) if count % n == 0]
     shapes = itertools.combinations_with_replacement(divisors, CHIPS[chip].network.dims)

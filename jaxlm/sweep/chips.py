@@ -156,7 +156,8 @@ def _time(cfg: RunConfig, seconds: float) -> Timing:
     layout, bytes_V = make_layout(cfg.mesh), load_tokenizer(cfg.data.tokenizer).token_bytes
     shared = dict(microbatches=cfg.train.microbatches, token_bytes=bytes_V)
     with use(layout):
-        built = programs(cfg.model, cfg.loss, cfg.optim, cfg.mesh, **shared)
+        loss = dataclasses.replace(cfg.loss, per_position=False)  # as a run has it
+        built = programs(cfg.model, loss, cfg.optim, cfg.mesh, **shared)
         numbers = numbers_of(cfg.optim, np.zeros(1, np.float32), 0)
         fed = (place_batch(layout, _made_up(cfg)), numbers)
         state, _ = built.new_state(cfg.seed)

@@ -32,6 +32,8 @@ def why_not(config: RunConfig) -> str:
     train = config.train
     if devices > 1:
         return f"its mesh has {devices} devices, a group has one: set mesh.data=1"
+    if config.mesh.offload != "none":
+        return f"mesh.offload={config.mesh.offload!r}: a group keeps its state on the device"
     if config.data.format != "lm":
         return f"data.format={config.data.format!r}: a group predicts next tokens"
     for name, what in {

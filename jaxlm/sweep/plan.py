@@ -119,7 +119,7 @@ def make_plan(
         workdir: S, a path or a URL; token shards of raw text go to S/runs/data_cache, where the runs look.
         name: of the plan; a sweep directory may hold several.
         hardware: what to price it for; default this machine.
-        dry_run: leave no file behind.
+        dry_run: leave no file behind in the sweep directory.
 
     Raises:
         UserError: a grid that cannot be filled; a run that reads its data more than once without
@@ -153,6 +153,9 @@ def make_plan(
         cfg, counts = draft.config, count(draft.config.model, draft.config.data.seq_len)
         key, steps = _shape_key(cfg), cfg.train.num_steps
         need = needs[key]
+        memory = need.memory.total
+        if key in reports:
+            memory = preflights.reserved(reports[key], memory)
         tokens = steps * cfg.data.batch_size * cfg.data.seq_len
         cell = Cell(
             id=draft.id,
@@ -169,7 +172,7 @@ def make_plan(
             labels=dict(draft.labels),
             unique_tokens=unique[i],
             epochs=epochs[i],
-            memory_bytes=preflights.reserved(reports[key]) if key in reports else need.memory.total,
+            memory_bytes=memory,
         )
         took = seconds(need, cell.own_flops, steps - cell.branch_step, held_out[i], sending[key])
         warnings = tuple(_warnings(cell, probes[key], need, hardware, reports.get(key)))

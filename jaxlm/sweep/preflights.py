@@ -38,10 +38,10 @@ def reports(
     return found
 
 
-def reserved(report: Report) -> int:
-    """Bytes of a device that the program takes, or would take if it fitted."""
+def reserved(report: Report, otherwise: int) -> int:
+    """Bytes of a device that the program takes, or would take if it fitted; `otherwise` if nobody says."""
     memory, shortage = report.facts.memory, report.facts.shortage
-    return memory.allocated if memory is not None else int(shortage.needed)
+    return memory.allocated if memory is not None else int(shortage.needed) or otherwise
 
 
 def sending(report: Report, otherwise: float) -> float:

@@ -114,7 +114,7 @@ def plan_command(
         config: ConfigDict of a `SweepConfig`.
         workdir: the sweep directory.
         name: of the plan; a sweep directory may hold several.
-        dry_run: print the same and write nothing.
+        dry_run: print the same and write nothing into the sweep directory.
         chip, num_chips, mfu, gflops, price, measure, preflight: see `Hardware`; the chips are taken to stand
             in the shape that is nearest to a cube.
 
@@ -125,7 +125,10 @@ def plan_command(
     found = find_chip(chip) if chip else None
     topology = likely_topology(chip, num_chips) if chip else None
     if preflight:
-        check(topology is not None, f"--preflight needs --chip, one of {', '.join(TPUS + GPUS)}")
+        check(
+            topology is not None,
+            f"--preflight needs --chip, one of {', '.join(TPUS + GPUS)}, and of GPUs at most one host's",
+        )
         jax.config.update("jax_platforms", "cpu")  # this machine only compiles
     hardware = Hardware(found, num_chips, mfu, gflops, price, measure, topology, preflight)
     plan = make_plan(build(config, SweepConfig), workdir, name, hardware=hardware, dry_run=dry_run)

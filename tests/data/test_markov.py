@@ -106,7 +106,8 @@ def test_counting_nears_the_floor_by_a_power_of_the_data():
     """And not faster and faster, as where the rows are few enough to be learned to the end."""
 
     def exponents(cfg):
-        excess = np.array([excess_of_counting(make_source(cfg), length) for length in (3e5, 1e6, 3e6, 1e7)])
+        source = make_source(cfg)
+        excess = np.array([excess_of_counting(source, length) for length in (3e5, 1e6, 3e6, 1e7)])
         return -np.diff(np.log(excess)) / np.diff(np.log((3e5, 1e6, 3e6, 1e7)))
 
     straight = exponents(MarkovConfig())

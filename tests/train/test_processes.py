@@ -269,7 +269,7 @@ def environment(monkeypatch):
     asked = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kw: asked.append((args, kw)))
     for each in distributed.LAUNCHERS:
-        for name in (each.sign, each.count, each.rank, each.local):
+        for name in (each.sign, each.count, each.rank, each.local, each.step, "JAX_LOCAL_DEVICE_IDS"):
             monkeypatch.delenv(name or each.count, raising=False)
 
     def put(**variables):
@@ -281,7 +281,9 @@ def environment(monkeypatch):
 
 
 OPEN_MPI_5 = dict(OMPI_COMM_WORLD_SIZE=4, OMPI_COMM_WORLD_RANK=3, OMPI_COMM_WORLD_LOCAL_RANK=1)
-STEP = dict(SLURM_STEP_NODELIST="n[1-2]", SLURM_NTASKS=2, SLURM_PROCID=1, SLURM_LOCALID=0)
+STEP = dict(
+    SLURM_STEP_NODELIST="n[1-2]", SLURM_NTASKS=2, SLURM_PROCID=1, SLURM_LOCALID=0, SLURM_STEP_NUM_TASKS=2
+)
 
 
 @pytest.mark.parametrize(
@@ -302,6 +304,8 @@ def test_processes_that_cannot_find_each_other_do_not_train_alone(environment, v
 def test_launchers_tell_each_process_its_place(environment):
     asked = environment(SLURM_NTASKS=2, SLURM_PROCID=0)  # a batch script is one process
     distributed.start()
+    environment(**STEP | dict(SLURM_STEP_NUM_TASKS=1))  # so is the shell of an interactive job
+    distributed.start()
     assert asked == []
     environment(PMI_SIZE=8, PMI_RANK=5)
     distributed.start("10.0.0.1:80")
@@ -313,7 +317,10 @@ def test_launchers_tell_each_process_its_place(environment):
     distributed.start("10.0.0.1:80")
     assert asked.pop() == (("10.0.0.1:80", 4, 3), dict(local_device_ids=[1]))
     distributed.start("10.0.0.1:80", 2, 0)  # what is given counts
-    assert asked.pop() == (("10.0.0.1:80", 2, 0), dict(local_device_ids=None))
+    assert asked.pop() == (("10.0.0.1:80", 2, 0), dict(local_device_ids=[1]))
+    environment(JAX_LOCAL_DEVICE_IDS="0,1")
+    distributed.start("10.0.0.1:80")
+    assert asked.pop() == (("10.0.0.1:80", 4, 3), dict(local_device_ids=None))
     with pytest.raises(UserError, match="needs --process_id"):
         distributed.start("10.0.0.1:80", 2)
     environment(OMPI_COMM_WORLD_RANK=4)
