@@ -537,14 +537,14 @@ def test_a_fit_redone_is_the_fit(fit):
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [7, 4])
 def test_intervals_at_ten_times_the_compute_cover(fit, sizes):
-    """Over 200 made-up sweeps of 35 and 20 runs: N*, D* and the loss of a new run at 10x the compute."""
+    """Over 600 made-up sweeps of 35 and 20 runs: N*, D* and the loss of a new run at 10x the compute."""
     c = 10 * BUDGETS[-1]
     truth = (best(c), c / 6 / best(c))
     rng = np.random.default_rng(1)
     hits = []
     template = fitted(sweep(sizes=sizes), draws=0)
-    for seed in range(200):
-        one = redone(template, sweep(seed=seed, sizes=sizes), seed, 150)
+    for seed in range(600):
+        one = redone(template, sweep(seed=seed, sizes=sizes), seed, 200)
         here = _at(one, c, 0.95, {})[0]
         run = loss(here["N"].value, here["D"].value) * math.exp(rng.normal(0, 0.003))
         values = (*truth, run)
@@ -552,4 +552,4 @@ def test_intervals_at_ten_times_the_compute_cover(fit, sizes):
     share = np.mean(hits, 0)
     print(f"coverage of N*, D*, loss at 10x, {len(template.residuals)} runs:", share)
     assert (share >= 0.92).all(), share
-    assert (share <= 0.985).all(), share
+    assert (share <= 0.98).all(), share
