@@ -162,7 +162,7 @@ def held_out(evidence: Evidence, fit: Fit) -> tuple[list[HeldOut], list[Leak], s
     """Runs that test a fit, with its prediction of each; hold-outs that it has seen; why there are none.
 
     A run tests the fit if its role is `holdout`, or if a rule `where` kept it out and its compute is above
-    all that was fitted. Line methods predict the lowest loss of a budget: its best run stands for it.
+    all that was fitted.
     """
     if evidence.table is None:
         return [], [], "there is no table"
@@ -186,27 +186,26 @@ def held_out(evidence: Evidence, fit: Fit) -> tuple[list[HeldOut], list[Leak], s
         return [], leaks, "no finished run is marked as a hold-out or lies beyond a fit's `where`"
     if len(fit.draws) < LEAST_DRAWS:
         return [], leaks, f"the fit has {len(fit.draws)} bootstrap draws: it predicts no interval"
-    chosen = points.take(np.array(runs))
-    labels = [names[i] for i in runs]
+    tested = judged(fit, points.take(np.array(runs)), [names[i] for i in runs])
+    return tested, leaks, "" if tested else "the fit has no line of losses"
+
+
+def judged(fit: Fit, points: Points, labels: Sequence[str]) -> list[HeldOut]:
+    """What a fit with draws predicts for runs, beside what they measured; [] if it predicts no loss.
+
+    Line methods predict the lowest loss of a budget: its best run stands for it.
+    """
     if is_surface(fit):
-        extra = {name: chosen.extra[name] for name in _extra_names(fit)}
-        estimates = loss_interval(fit, chosen.N, chosen.D, fit.level, **extra)
+        extra = {name: points.extra[name] for name in _extra_names(fit)}
+        estimates = loss_interval(fit, points.N, points.D, fit.level, **extra)
     else:
-        best = [group[np.argmin(chosen.L[group])] for group in by_compute(chosen.C)]
-        chosen, labels = chosen.take(np.array(best)), [labels[i] for i in best]
-        if not np.isfinite(predict(fit, most, fit.level).L.value):
-            return [], leaks, "the fit has no line of losses"
-        estimates = [predict(fit, float(c), fit.level, **typical_inputs(fit)).L for c in chosen.C]
-    return (
-        [
-            HeldOut(label, float(n), float(d), float(c), float(loss), *estimate)
-            for label, n, d, c, loss, estimate in zip(
-                labels, chosen.N, chosen.D, chosen.C, chosen.L, estimates, strict=True
-            )
-        ],
-        leaks,
-        "",
-    )
+        best = [group[np.argmin(points.L[group])] for group in by_compute(points.C)]
+        points, labels = points.take(np.array(best)), [labels[i] for i in best]
+        if not np.isfinite(predict(fit, max(fit.points["C"]), fit.level).L.value):
+            return []
+        estimates = [predict(fit, float(c), fit.level, **typical_inputs(fit)).L for c in points.C]
+    rows = zip(labels, points.N, points.D, points.C, points.L, estimates, strict=True)
+    return [HeldOut(k, float(n), float(d), float(c), float(loss), *e) for k, n, d, c, loss, e in rows]
 
 
 def by_compute(compute: Sequence[float]) -> list[np.ndarray]:
@@ -231,6 +230,13 @@ def _whole(table: Table, fit: Fit) -> tuple[Points, list[str]]:
     return points, [ids[row] or f"row {row}" for row in points.rows]
 
 
+def fitted_points(table: Table, fit: Fit) -> tuple[Points, list[str]]:
+    """The rows of the table that the fit was made from, in its columns, and what to call each."""
+    points, names = _whole(table, fit)
+    index = np.flatnonzero(np.isin(points.rows, np.asarray(fit.points["row"], int)))
+    return points.take(index), [names[i] for i in index]
+
+
 def _columns(fit: Fit) -> dict[str, str]:
     return dict(fit.data.get("columns") or {})
 
@@ -253,21 +259,19 @@ def variants(evidence: Evidence) -> list[Variant]:
     main, table = evidence.main, evidence.table
     if main is None or table is None or evidence.stale(main):
         return []
-    points, _ = _whole(table, main)
-    index = np.flatnonzero(np.isin(points.rows, np.asarray(main.points["row"], int)))
-    seen = points.take(index)
+    seen, _ = fitted_points(table, main)
     out = []
     names = _columns(main)
     for label, n, c in CONVENTIONS:
         if {n, c} <= table.columns.keys():
             counted, _, _ = select(table, {**names, "N": n, "C": c}, drop_status=False)
             counted = counted.take(np.flatnonzero(np.isin(counted.rows, seen.rows)))
-            out.append(_refit(main, counted, "counting convention", label))
+            out.append(refit(main, counted, "counting convention", label))
     out.append(_without_smallest(main, seen))
     if main.method not in LINES:
         for objective in OBJECTIVES:
             label = objective if objective != "huber" else f"huber, delta {main.delta:g}"
-            out.append(_refit(main, seen, "objective", label, objective=objective))
+            out.append(refit(main, seen, "objective", label, objective=objective))
     return out
 
 
@@ -277,10 +281,11 @@ def _without_smallest(main: Fit, points: Points) -> Variant:
     if len(budgets) < 3:
         return Variant(group, label, None, f"not possible: the runs have {len(budgets)} budgets")
     rest = np.setdiff1d(np.arange(len(points)), budgets[0].index)
-    return _refit(main, points.take(rest), group, label)
+    return refit(main, points.take(rest), group, label)
 
 
-def _refit(main: Fit, points: Points, group: str, label: str, **changes: Any) -> Variant:
+def refit(main: Fit, points: Points, group: str, label: str, **changes: Any) -> Variant:
+    """A fit's law, method and settings on other points, with fewer draws; `changes`: options of `run_fit`."""
     chosen = main.settings
     options = dict(
         law=main.law,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from jaxlm.errors import UserError
 from jaxlm.scaling import appendix, sections
+from jaxlm.scaling.backtest import back_tests
 from jaxlm.scaling.bands import best_interval, describe, has_optimum, typical_inputs
 from jaxlm.scaling.checklist import checklist
 from jaxlm.scaling.comparisons import HeldOut
@@ -61,13 +62,14 @@ def report_command(workdir: str | Path) -> int:
 def report_blocks(evidence: Evidence) -> list[Block]:
     """The report's sections, in order."""
     tests = all_tests(evidence)
-    changed = variants(evidence)
+    changed, tested_back = variants(evidence), back_tests(evidence)
     return [
         _summary(evidence, tests),
         *sections.grid(evidence),
         *sections.fits(evidence),
         *sections.pictures(evidence, tests),
         *sections.holdout(evidence, tests),
+        *sections.backtest(*tested_back),
         *sections.choices(evidence, changed),
         *appendix.diagnostics(evidence),
         *appendix.exclusions(evidence),

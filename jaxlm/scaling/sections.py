@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxlm.errors import UserError
 from jaxlm.scaling import comparisons, figures
+from jaxlm.scaling.backtest import BackTest
 from jaxlm.scaling.bands import describe, has_optimum, is_surface, points_of, typical_inputs
 from jaxlm.scaling.comparisons import HeldOut, Row
 from jaxlm.scaling.evidence import Evidence, Variant, by_compute, exponent, held_out, texts
@@ -327,6 +328,29 @@ def holdout(evidence: Evidence, tests: Sequence[Test]) -> list[Block]:
         )
     )
     return out
+
+
+def backtest(tests: Sequence[BackTest], why: str) -> list[Block]:
+    out: list[Block] = [Heading("Back-test")]
+    text = (
+        "Each fit again without its largest budgets, against the runs of the next one: how far a step of "
+        "extrapolation was off among the runs that are there. An error that keeps its sign is a bias, and "
+        "the next step has it too. A method may be chosen by this table; by the hold-out it may not."
+    )
+    if not tests:
+        return [*out, Text(f"No back-test: {why}.")]
+    rows = []
+    for test in tests:
+        start = (test.label, f"{test.budget:.3g}", f"{test.beyond:.2g}x", str(test.fitted))
+        if not test.runs:
+            rows.append((*start, test.text, "", ""))
+            continue
+        worst = max((run.error for run in test.runs), key=abs)
+        ends = (f"{100 * np.expm1(test.error):+.2f}%", f"{100 * worst:+.2f}%")
+        rows.append((*start, f"{test.inside} of {len(test.runs)}", *ends))
+    header = ("fit", "predicted budget", "beyond the fitted", "runs fitted", "inside", "mean error", "worst")
+    note = "Errors: measured / predicted - 1. Line methods predict the lowest loss of a budget alone."
+    return [*out, Text(text), Grid(header, rows, note)]
 
 
 def _measured_optimum(fit: Fit, runs: Sequence[HeldOut]) -> list[Block]:

@@ -11,6 +11,7 @@ import pytest
 
 from jaxlm.errors import UserError
 from jaxlm.scaling import page
+from jaxlm.scaling.backtest import back_tests
 from jaxlm.scaling.evidence import gather, held_out
 from jaxlm.scaling.fit import run_fit
 from jaxlm.scaling.optima import fit_isoflop
@@ -163,6 +164,7 @@ def test_says_what_the_sweep_shows(whole):
     for line in (
         "3 of 3 measured losses inside the 95% prediction interval",
         "Kaplan: C = 6 N D, N = non-embedding",
+        "| parabola | 1e+13 | 3.3x | 18 | 1 of 1 |",
         "without the smallest budget",
         "not identified by these runs",
         "3 rows",
@@ -196,6 +198,35 @@ def test_a_missed_hold_out_fails_and_a_seen_one_is_told(tmp_path, capsys):
     points = {**evidence.main.points, "row": [24.0, *evidence.main.points["row"][1:]]}
     _, leaks, _ = held_out(evidence, dataclasses.replace(evidence.main, points=points))
     assert [leak.row for leak in leaks] == [24]
+
+
+@pytest.mark.parametrize("bend", [0.0, -0.05])
+def test_a_back_test_predicts_the_largest_budget_from_those_below(tmp_path, bend):
+    """A law that holds is followed within its noise of .3%; what bends off it is told with its sign."""
+    rows = table_rows()
+    for row in rows:
+        row["loss"] *= 1 + bend * (row["budget"] == 1e13)
+    lucky = next(row for row in rows if row["budget"] == 1e13)
+    rows += [
+        dict(lucky, id=f"{k:012x}", seed=k, loss=lucky["loss"] * (1 + 0.1 * (k - 101.5))) for k in (101, 102)
+    ]
+    write_table(tmp_path, rows)
+    write_fits(tmp_path)
+    evidence = gather(tmp_path)
+    tests, _ = back_tests(evidence)
+    assert [(t.label, t.budget, t.fitted, len(t.runs)) for t in tests] == [
+        ("surface", pytest.approx(1e13), 18, 8),
+        ("parabola", pytest.approx(1e13), 18, 1),
+    ]
+    surface, line = tests
+    own = [run.error for run in surface.runs if run.name not in (f"{101:012x}", f"{102:012x}")]
+    assert np.mean(own) == pytest.approx(bend, abs=0.006)
+    assert line.error == pytest.approx(bend, abs=0.012)
+    assert (line.inside == 1) == (bend == 0)
+    fewer = dataclasses.replace(evidence.main, points={k: v[6:] for k, v in evidence.main.points.items()})
+    none, why = back_tests(dataclasses.replace(evidence, fits={"surface": fewer}))
+    assert none == []
+    assert "the runs have 3 budgets, 4 are needed" in why
 
 
 def test_a_table_that_changed_since_the_fit_is_told(tmp_path):
