@@ -5,6 +5,7 @@ from typing import Any
 
 from absl import flags
 
+from jaxlm.errors import UserError
 from jaxlm.verbs import FAILED, Verb, need, no_positional, run_config
 
 
@@ -15,7 +16,8 @@ def _preflight_flags(values: flags.FlagValues) -> None:
     text(
         "topology",
         None,
-        "chips of a slice: v5p:8x8x8, v5e:16x16, v6e, v4, tpu7x, or cpu:8 for emulated devices",
+        "chips of a slice, such as v5p:8x8x8 (v4, tpu7x alike) or v6e:16x16 (v5e alike); GPUs of a host, "
+        "h100:8 (h200 alike); cpu:8 for emulated devices",
     )
     flags.DEFINE_integer("slices", 1, "slices of that topology", lower_bound=1, flag_values=values)
     flags.DEFINE_float("price", 0.0, "of an hour of one chip; 0 = no prices", flag_values=values)
@@ -46,6 +48,10 @@ def _preflight(values: flags.FlagValues, positional: Sequence[str], config: Any)
 
     no_positional("preflight", positional)
     need(values, "preflight", "topology")
+    if values["max_compiles"].present and not values.search:
+        raise UserError(
+            f"--max_compiles={values.max_compiles} is how many layouts a search compiles: add --search"
+        )
     options = {n: values[n].value for n in ("slices", "price", "top", "cache", "max_compiles", "out")}
     options |= {"as_json": values.json, "search_layouts": values.search}
     fits = preflight_command(build(config), values.topology, **options)

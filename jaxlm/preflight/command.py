@@ -1,5 +1,6 @@
 """`jaxlm preflight`: compile for hardware that is not here, and say what it needs."""
 
+import functools
 import json
 import math
 import sys
@@ -17,7 +18,7 @@ from jaxlm.preflight.planner import describe_mesh, mesh_overrides, resolve_mesh
 from jaxlm.preflight.report import lines, make_report, tables
 from jaxlm.preflight.search import flags, ranking_table, search
 from jaxlm.preflight.topology import parse_topology
-from jaxlm.train.rundir import write_json
+from jaxlm.train.rundir import probe_writable, write_json
 
 
 def preflight_command(
@@ -53,7 +54,11 @@ def preflight_command(
         UserError: what cannot be compiled for, or a mesh that does not fit.
     """
     check_transformer(cfg.model, "jaxlm preflight")
-    check(price >= 0, f"--price={price:g} must not be negative")
+    check(0 <= price < math.inf, f"--price={price:g} must be a number, 0 or more")
+    check(search_layouts or not out, f"--out={out} is what a search writes: add --search")
+    if out:
+        check(not Path(out).is_dir(), f"--out={out} is a folder; name a file in it")
+        probe_writable(Path(out).parent)  # before the search takes its minutes
     hardware = parse_topology(topology, slices)
     # This machine only compiles. Where libtpu is installed JAX would look for a TPU first.
     jax.config.update("jax_platforms", "cpu")
@@ -63,6 +68,7 @@ def preflight_command(
         print(f"mesh: {flags(mesh_overrides(cfg.mesh))}", file=sys.stderr)
     folder = default_cache() if cache is None else Path(cache) if cache else None
 
+    @functools.cache  # the best of a search is reported on, too
     def compile_one(cfg: RunConfig) -> tuple[Facts, bool]:
         layout = f"{describe_mesh(cfg.mesh)}, remat {cfg.model.remat}, {cfg.train.microbatches} microbatches"
         if (attention := cfg.model.attention).tile_q or attention.tile_k:
@@ -94,7 +100,7 @@ def preflight_command(
         return report.fits
     for table in tables(report, top):
         console.print(table)
-    for line in lines(report, hardware):
+    for line in lines(report, hardware, cached):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     return report.fits
 

@@ -7,11 +7,13 @@ on: config, topology, compiler, and our own source.
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +26,7 @@ from jaxtyping import Int
 import jaxlm
 from jaxlm.config import RunConfig, canonical_json, to_dict
 from jaxlm.data.config import batch_columns, column_dtype
+from jaxlm.errors import check
 from jaxlm.preflight import gpu, hlo
 from jaxlm.preflight.collectives import BETWEEN, Collective, schedule, traffic
 from jaxlm.preflight.topology import (
@@ -37,10 +40,12 @@ from jaxlm.preflight.topology import (
     versions,
 )
 from jaxlm.sharding import HOST, MESH_AXES, Layout, make_layout, use
-from jaxlm.train.checks import check_shapes
 from jaxlm.train.programs import programs_on, shape_of
+from jaxlm.train.run import plan
 from jaxlm.train.rundir import write_json
 from jaxlm.tree import named_leaves
+
+MOST = 2.0**40  # bytes of a device by the estimate: far beyond any chip, and the compiler's integers overflow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,12 +135,21 @@ def lower_step(cfg: RunConfig, topology: Topology) -> Lowered:
     """Trace and lower the step that `train` would run on that hardware; nothing is compiled.
 
     Raises:
-        UserError: shapes that do not fit together, a mesh that does not fit the topology, no compiler.
+        UserError: shapes that do not fit together or are absurdly large, a mesh that does not fit the
+            topology, no compiler.
     """
     cfg = on_slices(cfg, topology)
     mesh = make_topology_mesh(cfg.mesh, topology, devices(topology))
     layout = make_layout(cfg.mesh, mesh)
-    check_shapes(cfg, layout)
+    need = plan(cfg, num_devices=topology.num_devices).memory.total
+    model, data = cfg.model, cfg.data
+    check(
+        need < MOST,
+        f"about {need / 2**30:,.0f} GiB on each device of --topology={topology}, and more than "
+        f"{MOST / 2**30:,.0f} is not compiled; it follows from data.batch_size={data.batch_size}, "
+        f"data.seq_len={data.seq_len}, model.num_layers={model.num_layers}, "
+        f"model.model_dim={model.model_dim}, model.vocab_size={model.vocab_size}",
+    )
     loss = dataclasses.replace(cfg.loss, per_position=False)
     # Bytes of a token's text are a table of constants in the step; which ones does not matter here.
     some_bytes = np.ones(cfg.model.vocab_size, np.float32)
@@ -154,14 +168,14 @@ def lower_step(cfg: RunConfig, topology: Topology) -> Lowered:
     return Lowered(program, built.target, batch, mesh, seconds)
 
 
-def compile_step(cfg: RunConfig, topology: Topology) -> Facts:
-    """Compile the step that `train` would run on that hardware.
+def compile_step(cfg: RunConfig, topology: Topology, announce: Callable[[], None] = lambda: None) -> Facts:
+    """Compile the step that `train` would run on that hardware; `announce` is called before that.
 
     Raises:
         UserError: as `lower_step`.
     """
-    cfg = on_slices(cfg, topology)
     lowered = lower_step(cfg, topology)
+    announce()
     mesh, began = lowered.mesh, time.perf_counter()
     compiled, shortage = None, None
     try:
@@ -349,9 +363,14 @@ def cache_key(cfg: RunConfig, topology: Topology) -> str:
     if cfg.data.format != "lm":
         what |= {"format": [cfg.data.format, cfg.data.input_len]}
     what |= {"topology": str(topology), "versions": versions(topology), "source": _source_hash()}
+    what |= {"flags": {name: os.environ.get(name, "") for name in _FLAGS}}
     return hashlib.sha256(canonical_json(what).encode()).hexdigest()
 
 
+_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_DEFAULT_MATMUL_PRECISION", "JAX_ENABLE_X64")
+
+
+@functools.cache  # what runs is what was imported, whatever becomes of the files
 def _source_hash() -> str:
     """Of our own modules: facts of another version of the step are not facts of this one."""
     digest = hashlib.sha256()
@@ -366,7 +385,7 @@ def cached_facts(cfg: RunConfig, topology: Topology, cache: Path) -> Facts | Non
     path = cache / f"{cache_key(cfg, topology)}.json"
     try:
         return Facts.from_dict(json.loads(path.read_text()))
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -374,6 +393,9 @@ def facts_of(
     cfg: RunConfig, topology: Topology, cache: Path | None, announce: Callable[[], None] = lambda: None
 ) -> tuple[Facts, bool]:
     """`(facts, whether they came from the cache)`; a cache file that cannot be read is written again.
+
+    Where nothing can be written, a warning on stderr says so: facts took minutes, and are returned all the
+    same.
 
     Args:
         cfg, topology: what to compile.
@@ -383,9 +405,11 @@ def facts_of(
     known = None if cache is None else cached_facts(cfg, topology, cache)
     if known is not None:
         return known, True
-    announce()
-    facts = compile_step(cfg, topology)
+    facts = compile_step(cfg, topology, announce)
     if cache is not None:
-        cache.mkdir(parents=True, exist_ok=True)
-        write_json(cache / f"{cache_key(cfg, topology)}.json", dataclasses.asdict(facts))
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            write_json(cache / f"{cache_key(cfg, topology)}.json", dataclasses.asdict(facts))
+        except OSError as error:
+            print(f"WARNING: --cache={cache} keeps nothing: {error}", file=sys.stderr, flush=True)
     return facts, False

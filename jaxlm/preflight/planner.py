@@ -212,8 +212,9 @@ def why_none(
 ) -> str:
     """Why `ranked` finds nothing: what refuses most of them, or what the smallest needs."""
     refused: collections.Counter[str] = collections.Counter()
-    smallest = math.inf
+    smallest, tried = math.inf, []
     for cfg in configs:
+        tried.append(cfg)
         try:
             smallest = min(smallest, estimate(cfg, chip, num_devices, slices).memory.total)
         except UserError as error:
@@ -221,10 +222,22 @@ def why_none(
     if smallest < math.inf:
         return (
             f"the smallest needs {smallest / 2**30:.1f} GiB by the estimate, more than {HEADROOM:.0%} of "
-            f"{chip.limit / 2**30:.1f} GiB: take more chips, model.remat='full', or more train.microbatches"
+            f"{chip.limit / 2**30:.1f} GiB: take {' or '.join(_untried(tried))}"
         )
     ((message, count),) = refused.most_common(1)
     return f"none divides the model and its rows ({count} of {refused.total()} are refused so: {message})"
+
+
+def _untried(configs: Sequence[RunConfig]) -> Iterator[str]:
+    """What takes memory off a device and is in none of the configurations."""
+    most = max(cfg.train.microbatches for cfg in configs)
+    yield "more chips"
+    if all(cfg.model.remat != "full" for cfg in configs):
+        yield "model.remat='full'"
+    if all(cfg.mesh.offload == "none" for cfg in configs):
+        yield "mesh.offload='optimizer'"
+    if all(cfg.data.batch_size > most for cfg in configs):
+        yield f"train.microbatches above {most}"
 
 
 def choose_mesh(cfg: RunConfig, chip: Chip, num_devices: int, slices: int = 1) -> MeshConfig:

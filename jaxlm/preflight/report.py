@@ -299,8 +299,8 @@ def _time_table(report: Report, time: Roofline) -> Table:
     return table
 
 
-def lines(report: Report, topology: Topology) -> list[str]:
-    """What is said below the tables."""
+def lines(report: Report, topology: Topology, cached: bool = False) -> list[str]:
+    """What is said below the tables; `cached`: another call compiled it, and the seconds are that one's."""
     facts = report.facts
     mesh = " x ".join(f"{name}={n}" for name, n in facts.mesh.items() if n > 1) or "one device"
     per_token = (report.counts.flops_train, report.counts.flops_hardware)
@@ -329,6 +329,7 @@ def lines(report: Report, topology: Topology) -> list[str]:
             "and links, clock nominal"
         )
     spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in facts.seconds.items())
+    spent = f"from the cache; the call that compiled it took: {spent}" if cached else spent
     out.append(f"{spent}; {', '.join(f'{name} {v}' for name, v in facts.versions.items())}")
     out += [f"WARNING: {text}" for text in report.warnings]
     if not report.fits:

@@ -33,6 +33,8 @@ from jaxlm.sharding import MeshConfig, make_mesh
 TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
 GPUS = tuple(gpu.KINDS)
 GPUS_OF_HOST = 8
+PODS = {"v4": 4096, "v5e": 256, "v5p": 8960, "v6e": 256, "tpu7x": 9216}  # chips of the largest slice
+EMULATED = 4096  # CPU devices at most: each has a thread
 _ALIASES = {"v7x": "tpu7x"}
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -77,7 +79,7 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
     Raises:
         UserError: a name or a shape that is not one.
     """
-    kind, _, dims = text.partition(":")
+    kind, _, dims = text.lower().partition(":")
     kind = _ALIASES.get(kind, kind)
     names = (*TPUS, *GPUS, "cpu")
     check(
@@ -93,10 +95,30 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
         + " (hosts are --slices)" * (kind in GPUS),
     )
     shape = tuple(int(n) for n in dims.split("x"))
+    count = math.prod(shape)
     if chip is None:
-        check(shape[0] % slices == 0, f"--slices={slices} does not divide the devices of --topology={text}")
-        return Topology(text, "cpu", None, (shape[0] // slices,), slices)
-    return Topology(f"{kind}:{dims}", "gpu" if kind in GPUS else "tpu", chip, shape, slices)
+        check(count <= EMULATED, f"--topology={text}: at most {EMULATED} devices are emulated")
+        near = max(n for n in range(1, min(slices, count) + 1) if count % n == 0)
+        check(
+            count % slices == 0, f"--slices={slices} does not divide --topology={text}; --slices={near} does"
+        )
+        return Topology(f"{kind}:{dims}", "cpu", None, (count // slices,), slices)
+    if kind in GPUS:
+        most = GPUS_OF_HOST
+        check(count <= most, f"--topology={text}: a host has {most} GPUs at most, write {kind}:{most}")
+        return Topology(f"{kind}:{dims}", "gpu", chip, shape, slices)
+    check(
+        count <= PODS[kind],
+        f"--topology={text} has {count:,} chips, a slice of {kind} {PODS[kind]:,} at most; join several by "
+        "--slices",
+    )
+    even = tuple(n + (n > 1 and n % 2) for n in shape[:2]) + shape[2:]
+    check(
+        shape == even,
+        f"--topology={text}: a host has 2 x 2 chips, so the first two dimensions are 1 or even; the nearest: "
+        f"{kind}:{'x'.join(map(str, even))}",
+    )
+    return Topology(f"{kind}:{dims}", "tpu", chip, shape, slices)
 
 
 def likely_topology(chip: str, count: int) -> Topology | None:
@@ -104,28 +126,28 @@ def likely_topology(chip: str, count: int) -> Topology | None:
 
     >>> likely_topology("v5p", 128).name, likely_topology("v5p", 4).name, likely_topology("v5e", 8).name
     ('v5p:4x4x8', 'v5p:2x2x1', 'v5e:2x4')
-    >>> likely_topology("v100", 8), likely_topology("h100", 16)  # several hosts of GPUs: not compiled
+    >>> likely_topology("v5e", 9), likely_topology("h100", 16)  # odd; several hosts of GPUs
     (None, None)
     """
     kind = next((name for name in (*TPUS, *GPUS) if {"tpu7x": "v7x"}.get(name, name) == chip), "")
-    if not kind or (kind in GPUS and count > GPUS_OF_HOST):
+    if not kind or count > PODS.get(kind, GPUS_OF_HOST):
         return None
     divisors = [n for n in range(1, count + 1) if count % n == 0]
     shapes = itertools.combinations_with_replacement(divisors, CHIPS[chip].network.dims)
-    shape = min((shape for shape in shapes if math.prod(shape) == count), key=sum)
-    return parse_topology(f"{kind}:" + "x".join(map(str, sorted(shape, key=lambda n: (n == 1, n)))))
+    for shape in sorted((shape for shape in shapes if math.prod(shape) == count), key=sum):
+        with contextlib.suppress(UserError):
+            return parse_topology(f"{kind}:" + "x".join(map(str, sorted(shape, key=lambda n: (n == 1, n)))))
+    return None
 
 
 def has_compiler(topology: Topology) -> bool:
-    """Whether what compiles for the topology is installed."""
-    return (
-        topology.platform == "cpu" or importlib.util.find_spec(_COMPILERS[topology.platform][0]) is not None
-    )
+    """Whether what compiles for these TPUs or GPUs is installed."""
+    return importlib.util.find_spec(_COMPILERS[topology.platform][0]) is not None
 
 
 def versions(topology: Topology) -> dict[str, str]:
     """Versions of what compiles."""
-    out = {"jax": jax.__version__}
+    out = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
     if topology.platform != "cpu":
         _, package, _ = _need_compiler(topology)
         out[package] = importlib.metadata.version(package)
@@ -169,6 +191,11 @@ def devices(topology: Topology) -> list[Any]:
     _need_compiler(topology)
     options: dict[str, Any] = {"platform": "tpu", "topology_name": topology.name}
     if topology.platform == "gpu":
+        check(
+            topology.slices == 1,
+            f"--slices={topology.slices}: the CUDA plugin numbers the GPUs of several hosts as those of one; "
+            "take --slices=1",
+        )
         name, count = topology.name.partition(":")[0], topology.shape[0]
         options = {"platform": "cuda", "topology": f"{topology.slices}x1x{count}"}
         options |= {"target_config": gpu.target_config(name)}
@@ -177,6 +204,8 @@ def devices(topology: Topology) -> list[Any]:
             os.environ.setdefault(name, value)
         options |= {"chip_config_name": "megacore"} if topology.name.startswith("v4") else {}
         options |= {"num_slices": topology.slices} if topology.slices > 1 else {}
+        if 1 in topology.shape[:2]:  # less than a host's 2 x 2 chips
+            options |= {"chips_per_host_bounds": [*(min(n, 2) for n in topology.shape[:2]), 1]}
     try:
         with captured_stderr():
             made = topologies.get_topology_desc(**options)
@@ -212,7 +241,15 @@ def captured_stderr() -> Iterator[Log]:
 
 
 def on_slices(cfg: RunConfig, topology: Topology) -> RunConfig:
-    """The run with the mesh that spans the topology's slices."""
+    """The run with the mesh that spans the topology's slices.
+
+    Raises:
+        UserError: the config has another number of them.
+    """
+    check(
+        cfg.mesh.slices in (1, topology.slices),
+        f"mesh.slices={cfg.mesh.slices}, but --slices={topology.slices}: make them equal",
+    )
     return dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, slices=topology.slices))
 
 

@@ -47,7 +47,7 @@ def chip_seconds(
         steps: updates.
         memory: bytes per device of a step, of which parameters, gradients and optimizer state are read and
             written once a step.
-        sending: seconds of a step's collectives, as `preflight.planner.estimate` has them.
+        sending: seconds of a step's collectives, by the compiler's program or by an estimate.
     """
     compute = flops / (devices * chip.peak / chip.devices * (mfu or chip.mfu))
     traffic = 2 * (memory.params + memory.grads + memory.opt_state)
@@ -115,7 +115,9 @@ def calibrate(
     if path is not None and path.exists():
         try:
             known = json.loads(path.read_text())
-        except ValueError as error:
+            for each in known.values():
+                Timing(**each)
+        except (AttributeError, TypeError, ValueError) as error:
             raise UserError(f"{path} is damaged ({error}): remove it, and it is measured again") from error
     found = []
     for key in (keys[i] for i in chosen):
@@ -187,7 +189,7 @@ def _made_up(cfg: RunConfig) -> Batch:
 
 def check_rate(gflops: float, mfu: float, price: float, chips: int) -> None:
     """Refuse numbers that no estimate can be made from."""
-    check(gflops >= 0, f"--gflops={gflops:g} must not be negative")
+    for name, value in (("gflops", gflops), ("price", price)):
+        check(0 <= value < math.inf, f"--{name}={value:g} must be a number, 0 or more")
     check(0 <= mfu <= 1, f"--mfu={mfu:g} is a share of the peak: it must lie in [0, 1]")
-    check(price >= 0, f"--price={price:g} must not be negative")
-    check(chips >= 1, f"--chips={chips} must be at least 1")
+    check(chips >= 1, f"--num_chips={chips} must be at least 1")

@@ -120,7 +120,7 @@ class Claims:
         for name in self.store.names(FOLDER):
             run, _, rest = name.partition(".")
             generation = rest.removesuffix(".json")
-            if generation.isdigit():
+            if generation.isdecimal():
                 newest[run] = max(newest.get(run, 0), int(generation))
         return {run: self._observe(run, newest.get(run, 0)) for run in runs}
 
@@ -136,8 +136,8 @@ class Claims:
             content = json.loads(data)
         except ValueError:
             content = None
-        if not isinstance(content, dict):
-            content = {}  # being written, or its writer's disk was full
+        if not _is_claim(content):
+            content = {}  # being written, or its writer's disk was full, or damaged
         if content.get("state") == "released":
             state = "free"
         elif silent > self.stale_after or (content and is_gone(content, self.owner)):
@@ -211,8 +211,9 @@ class Claim:
                     self._lost = "another worker has taken it over"
                     return False
                 held = json.loads(store.read(name) or b"{}")
+                held = held if _is_claim(held) else {"host": "nobody"}
                 if held.get("uuid") != self._claims.owner.uuid:
-                    self._lost = f"its claim now belongs to {held.get('host', 'nobody')}"
+                    self._lost = f"its claim now belongs to {held['host']}"
                     return False
                 self._beats += 1
                 store.write(name, self.content(state))
@@ -240,6 +241,14 @@ class Claim:
         """Give the run back, if it is still this worker's."""
         self._claims.forget(self.run)
         self.renew("released")
+
+
+def _is_claim(content: Any) -> bool:
+    """Whether a claim's file holds what is read of it."""
+    if not isinstance(content, dict):
+        return False
+    numbers = (content.get("pid"), content.get("step", 0), content.get("deaths", 0))
+    return isinstance(content.get("host"), str) and all(isinstance(n, int) for n in numbers)
 
 
 def _name(run: str, generation: int) -> str:

@@ -21,7 +21,8 @@ from typing import Any
 from rich.console import Console
 
 from jaxlm.config import config_hash
-from jaxlm.sweep.plan import Cell, Plan, load_plans
+from jaxlm.sweep.plan import ROLES, Cell, Plan
+from jaxlm.sweep.plan_file import load_plans
 from jaxlm.sweep.status import failure, is_done
 from jaxlm.sweep.store import RUNS, Store, open_store
 
@@ -81,13 +82,12 @@ def collect(workdir: str | Path) -> list[Row]:
 
 
 def _cells(plans: Mapping[str, Plan]) -> list[tuple[Cell, list[Cell]]]:
-    """Every run once: the cell whose role counts, and those of all plans."""
-    order = ("grid", "branch", "seed", "holdout", "tune", "trunk")
+    """Every run once: the cell whose role counts, the first in ROLES, and those of all plans."""
     found: dict[str, list[Cell]] = {}
     for plan in plans.values():
         for cell in plan.cells:
             found.setdefault(cell.id, []).append(cell)
-    return [(min(cells, key=lambda cell: order.index(cell.role)), cells) for cells in found.values()]
+    return [(min(cells, key=lambda cell: ROLES.index(cell.role)), cells) for cells in found.values()]
 
 
 # --------------------------------------------------------------------------------------------------- one row

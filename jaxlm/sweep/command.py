@@ -17,7 +17,8 @@ from typing import Any
 from jaxlm.errors import UserError, check, nearest
 from jaxlm.sweep.board import Board, headline, watch
 from jaxlm.sweep.claims import Claims, this_process
-from jaxlm.sweep.plan import Cell, all_cells, load_plans
+from jaxlm.sweep.plan import Cell
+from jaxlm.sweep.plan_file import all_cells, load_plans
 from jaxlm.sweep.status import count, survey
 from jaxlm.sweep.store import Store, open_store
 from jaxlm.sweep.worker import Conduct, Worker

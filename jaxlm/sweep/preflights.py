@@ -44,9 +44,9 @@ def reserved(report: Report, otherwise: int) -> int:
     return memory.allocated if memory is not None else int(shortage.needed) or otherwise
 
 
-def sending(report: Report, otherwise: float) -> float:
-    """Seconds that a step's collectives take by the compiler's program, `otherwise` if it cannot be read."""
-    return otherwise if report.time is None else report.time.ici + report.time.dcn
+def sending(report: Report) -> float | None:
+    """Seconds that a step's collectives take by the compiler's program; None if it cannot be read."""
+    return None if report.time is None else report.time.ici + report.time.dcn
 
 
 def notes(found: Mapping[str, Report], shapes: int) -> Iterator[str]:

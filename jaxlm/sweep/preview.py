@@ -7,12 +7,13 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from jaxlm.chips import find_chip
+from jaxlm.chips import CHIPS, find_chip
 from jaxlm.config import build
 from jaxlm.errors import check
-from jaxlm.preflight.topology import GPUS, TPUS, likely_topology
+from jaxlm.preflight.topology import likely_topology
 from jaxlm.sweep import chips
-from jaxlm.sweep.plan import FILE, Hardware, Plan, SweepConfig, make_plan, save_plan
+from jaxlm.sweep.plan import Hardware, Plan, SweepConfig, make_plan
+from jaxlm.sweep.plan_file import FILE, save_plan
 from jaxlm.sweep.shapes import describe_shape
 from jaxlm.train.metrics import format_seconds
 
@@ -121,13 +122,21 @@ def plan_command(
     Returns:
         The exit code.
     """
+    check(
+        "grid" in config,
+        "--config is that of one run; a sweep's get_config returns `run` and `grid`, as "
+        "experiments/scaling/smoke.py does",
+    )
     chips.check_rate(gflops, mfu, price, num_chips)
+    check(not mfu or (chip and not gflops), f"--mfu={mfu:g} is read with --chip, and not with --gflops")
     found = find_chip(chip) if chip else None
     topology = likely_topology(chip, num_chips) if chip else None
     if preflight:
+        names = ", ".join(name for name in CHIPS if likely_topology(name, 4))
         check(
             topology is not None,
-            f"--preflight needs --chip, one of {', '.join(TPUS + GPUS)}, and of GPUs at most one host's",
+            f"--preflight compiles for a slice (of GPUs: a host) of {names}: --chip={chip} "
+            f"--num_chips={num_chips} makes none",
         )
         jax.config.update("jax_platforms", "cpu")  # this machine only compiles
     hardware = Hardware(found, num_chips, mfu, gflops, price, measure, topology, preflight)

@@ -229,11 +229,18 @@ def test_variants_change_nothing_else(llama):
 
 
 def test_the_command_writes_the_overrides(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(command, "facts_of", lambda cfg, hardware, *_: (facts(cfg, hardware), False))
+    asked = []
+
+    def facts_of(cfg, hardware, *_):
+        asked.append(cfg)
+        return facts(cfg, hardware), False
+
+    monkeypatch.setattr(command, "facts_of", facts_of)
     out = tmp_path / "best.json"
     flags = ["--config=experiments/llama_8b.py", "--topology=v5p:4x4x4", "--search", f"--out={out}"]
     assert main(["preflight", *flags, "--max_compiles=40"]) == 0
     shown = capsys.readouterr().out
+    assert len(asked) == len(set(asked))  # the best is not compiled again for its report
     overrides = json.loads(out.read_text())
     assert overrides["model.remat"] == "full"
     assert f"--config.mesh.fsdp={overrides['mesh.fsdp']}" in shown

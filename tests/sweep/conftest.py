@@ -8,7 +8,8 @@ import pytest
 
 from jaxlm.config import build, config_hash
 from jaxlm.scaling.counting import count
-from jaxlm.sweep.plan import Cell, Plan, SweepConfig, save_plan
+from jaxlm.sweep.plan import Cell, Plan, SweepConfig
+from jaxlm.sweep.plan_file import save_plan
 
 
 def config(texts, **groups):

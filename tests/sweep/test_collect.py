@@ -13,7 +13,8 @@ from jaxlm.errors import UserError
 from jaxlm.scaling.counting import count
 from jaxlm.sweep.collect import FAR, FLAGS, RULES, collect, collect_command, write_table
 from jaxlm.sweep.grids import GridConfig, expand
-from jaxlm.sweep.plan import Cell, Plan, SweepConfig, run_dir, save_plan
+from jaxlm.sweep.plan import Cell, Plan, SweepConfig
+from jaxlm.sweep.plan_file import run_dir, save_plan
 from jaxlm.sweep.shapes import ShapeConfig
 from jaxlm.sweep.status import FAILED
 from jaxlm.train.run import train

@@ -22,7 +22,8 @@ from jaxlm.scaling.counting import count
 from jaxlm.sharding import make_layout
 from jaxlm.sweep import chips, plan, preflights
 from jaxlm.sweep.collect import collect
-from jaxlm.sweep.plan import Hardware, SweepConfig, all_cells, load_plans, make_plan, run_dir, save_plan
+from jaxlm.sweep.plan import Hardware, SweepConfig, make_plan
+from jaxlm.sweep.plan_file import all_cells, load_plans, run_dir, save_plan
 from jaxlm.sweep.preview import plan_command, plan_totals
 from jaxlm.train import programs
 from jaxlm.train.run import plan as plan_run
@@ -402,7 +403,7 @@ def test_what_was_compiled_takes_the_place_of_estimates(text, tmp_path, monkeypa
     asked, empty = [], dict(largest_replicated=("", 0), unreadable="", kernels={}, cycles=0.0, replicated=())
     sent = compiled.Row("all-gather", "fsdp", 4, 2, 1, 1e9, 2e11, 0.0, "")  # a second over two links
 
-    def compile_step(cfg, topology, fits=True):
+    def compile_step(cfg, topology, announce, fits=True):
         asked.append(cfg)
         memory = compiled.DeviceMemory(1, 1, 1, 2**20 + cfg.model.model_dim, 0, 0) if fits else None
         shortage = None if fits else compiled.Shortage(2e11, 1e11, "RESOURCE_EXHAUSTED")
@@ -440,7 +441,7 @@ def test_what_was_compiled_takes_the_place_of_estimates(text, tmp_path, monkeypa
     large = made(text, tmp_path, hardware=everything, **fields)
     assert all("by the compiler" in " ".join(cell.warnings) for cell in large.cells)
     assert {cell.memory_bytes for cell in large.cells} == {int(2e11)}
-    with pytest.raises(UserError, match="--preflight needs --chip, one of v4"):
+    with pytest.raises(UserError, match=r"--preflight compiles for a slice .* of v4"):
         plan_command(sweep_config(text), tmp_path / "S", preflight=True)
 
 

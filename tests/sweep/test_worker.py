@@ -20,7 +20,7 @@ from jaxlm.errors import UserError
 from jaxlm.sweep import board, worker
 from jaxlm.sweep.claims import Claims, Owner, this_process
 from jaxlm.sweep.command import Summary, _shares, cells_of, sweep, sweep_command
-from jaxlm.sweep.plan import all_cells, load_plans
+from jaxlm.sweep.plan_file import all_cells, load_plans
 from jaxlm.sweep.status import Status, newest_row, newest_step, survey
 from jaxlm.sweep.store import open_store
 from jaxlm.sweep.worker import Conduct
