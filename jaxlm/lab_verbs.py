@@ -51,7 +51,7 @@ def _plan_flags(values: flags.FlagValues) -> None:
     _real(values, "gflops", 0.0, "sustained GFLOP/s of a run, in place of a measurement; 0 = measure", 0)
     _real(values, "price", 0.0, "of an hour of one chip (or of this machine); 0 = do not price", 0)
     _switch(
-        values, "preflight", False, "compile every shape for --chip that `jaxlm preflight` has not compiled"
+        values, "preflight", False, "compile every shape for --chip that is not in the cache of preflights"
     )
 
 

@@ -90,7 +90,7 @@ def updated(case, mesh, offload):
     ("case", "mesh"),
     [
         *[(case, "one") for case in CASES],
-        *[pytest.param(case, "stages", marks=pytest.mark.slow) for case in ("adamw", "adafactor")],
+        *[(case, "stages") for case in ("adamw", "adafactor", "muon", "master")],
     ],
 )
 def test_by_layer_is_the_same_update(case, mesh):
