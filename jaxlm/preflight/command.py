@@ -17,7 +17,7 @@ from jaxlm.preflight.compiled import Facts, default_cache, facts_of
 from jaxlm.preflight.planner import describe_mesh, mesh_overrides, resolve_mesh
 from jaxlm.preflight.report import lines, make_report, tables
 from jaxlm.preflight.search import flags, ranking_table, search
-from jaxlm.preflight.topology import parse_topology
+from jaxlm.preflight.topology import parse_topology, versions
 from jaxlm.train.rundir import probe_writable, write_json
 
 
@@ -60,6 +60,7 @@ def preflight_command(
         check(not Path(out).is_dir(), f"--out={out} is a folder; name a file in it")
         probe_writable(Path(out).parent)  # before the search takes its minutes
     hardware = parse_topology(topology, slices)
+    versions(hardware)  # a compiler is there, or refused before anything is searched
     # This machine only compiles. Where libtpu is installed JAX would look for a TPU first.
     jax.config.update("jax_platforms", "cpu")
     if cfg.mesh.auto:

@@ -26,7 +26,7 @@ from jaxtyping import Int
 import jaxlm
 from jaxlm.config import RunConfig, canonical_json, to_dict
 from jaxlm.data.config import batch_columns, column_dtype
-from jaxlm.errors import check
+from jaxlm.errors import UserError, check
 from jaxlm.preflight import gpu, hlo
 from jaxlm.preflight.collectives import BETWEEN, Collective, schedule, traffic
 from jaxlm.preflight.topology import (
@@ -172,7 +172,7 @@ def compile_step(cfg: RunConfig, topology: Topology, announce: Callable[[], None
     """Compile the step that `train` would run on that hardware; `announce` is called before that.
 
     Raises:
-        UserError: as `lower_step`.
+        UserError: as `lower_step`, or the compiler fails.
     """
     lowered = lower_step(cfg, topology)
     announce()
@@ -184,7 +184,9 @@ def compile_step(cfg: RunConfig, topology: Topology, announce: Callable[[], None
     except jax.errors.JaxRuntimeError as error:
         shortage = parse_shortage(str(error))
         if shortage is None:
-            raise
+            raise UserError(
+                f"--topology={topology}: the compiler fails: {str(error).splitlines()[0]}"
+            ) from error
     seconds = {**lowered.seconds, "compile": time.perf_counter() - began}
     rows, kernels, cycles, unknown, unreadable = None, {}, 0.0, 0, ""
     if compiled is not None:

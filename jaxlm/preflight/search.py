@@ -7,6 +7,7 @@ tried, where attention has any: half and twice the config's.
 """
 
 import dataclasses
+import itertools
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -111,10 +112,11 @@ def search(
     """`(compiled, only estimated)` layouts, each best first; of the compiled ones those that fit come first.
 
     Compiles in the order of the estimates until `max_compiles` of them are done, then the best of them with
-    other tiles.
+    other tiles. Layouts that a kernel or the compiler refuses are passed over.
 
     Raises:
-        UserError: nothing divides and fits by the estimate, or the hardware has no numbers.
+        UserError: nothing divides and fits by the estimate, all that does is refused, or the hardware has no
+            numbers.
     """
     check(topology.chip is not None, f"--search needs a chip's numbers, --topology={topology} has none")
     where = (topology.chip, topology.num_devices, topology.slices)
@@ -123,15 +125,26 @@ def search(
         raise UserError(f"no layout on {topology} will do: {why_none(variants(cfg, topology), *where)}")
     estimated = [Candidate(*item) for item in found]
 
-    def judged(each: Candidate) -> Candidate:
-        report = make_report(each.cfg, topology, compile_one(each.cfg), price)
-        return dataclasses.replace(each, report=report)
+    refused: list[UserError] = []
 
-    compiled = sorted(map(judged, estimated[:max_compiles]), key=_order)
-    others = retiled(compiled[0].cfg, topology.num_devices)
-    others = [Candidate(other, estimate(other, *where), retiled=True) for other in others]
-    compiled = sorted([*compiled, *map(judged, others)], key=_order)
-    return compiled, estimated[max_compiles:]
+    def judged(each: Candidate) -> Iterator[Candidate]:
+        try:
+            facts = compile_one(each.cfg)
+        except UserError as error:
+            refused.append(error)
+            return
+        yield dataclasses.replace(each, report=make_report(each.cfg, topology, facts, price))
+
+    left = iter(estimated)
+    compiled = list(itertools.islice((done for each in left for done in judged(each)), max_compiles))
+    if not compiled:
+        raise UserError(
+            f"none of {len(estimated)} layouts on {topology} can be compiled; the best: {refused[0]}"
+        )
+    compiled.sort(key=_order)
+    for cfg in retiled(compiled[0].cfg, topology.num_devices):
+        compiled += judged(Candidate(cfg, estimate(cfg, *where), retiled=True))
+    return sorted(compiled, key=_order), list(left)
 
 
 def _order(each: Candidate) -> tuple[bool, float]:

@@ -236,6 +236,7 @@ def test_the_command_writes_the_overrides(tmp_path, capsys, monkeypatch):
         return facts(cfg, hardware), False
 
     monkeypatch.setattr(command, "facts_of", facts_of)
+    monkeypatch.setattr(command, "versions", lambda hardware: {})
     out = tmp_path / "best.json"
     flags = ["--config=experiments/llama_8b.py", "--topology=v5p:4x4x4", "--search", f"--out={out}"]
     assert main(["preflight", *flags, "--max_compiles=40"]) == 0
@@ -296,6 +297,24 @@ def test_a_search_that_finds_nothing_says_why(llama):
     odd = dataclasses.replace(llama, data=dataclasses.replace(llama.data, batch_size=3, seq_len=8191))
     with pytest.raises(UserError, match=r"none divides .* refused so: .*batch_size=3 is not divisible"):
         search(odd, parse_topology("v5p:4x4x4"), types.SimpleNamespace, max_compiles=1)
+
+
+def test_a_search_passes_over_what_is_refused(llama):
+    hardware, asked = parse_topology("v5p:4x4x4"), []
+
+    def compile_one(cfg, refuse=3):
+        asked.append(cfg)
+        if len(asked) <= refuse:
+            raise UserError(f"refusal {len(asked)}")
+        return facts(cfg, hardware)
+
+    compiled, estimated = search(llama, hardware, compile_one, max_compiles=2)
+    assert len(asked) == 5
+    assert {each.cfg for each in compiled} == set(asked[3:])
+    assert not {each.cfg for each in estimated} & set(asked)
+    asked.clear()
+    with pytest.raises(UserError, match=r"none of \d+ layouts .* can be compiled; the best: refusal 1"):
+        search(llama, hardware, lambda cfg: compile_one(cfg, refuse=10**6), max_compiles=2)
 
 
 def test_a_search_tries_other_tiles_of_the_best(llama):

@@ -80,7 +80,7 @@ def test_slices_smaller_than_a_host_have_devices():
         assert len(topology.devices(hardware)) == hardware.num_devices
 
 
-def test_flags_that_do_nothing_or_make_no_sense(capsys, tmp_path):
+def test_flags_that_do_nothing_or_make_no_sense(capsys, tmp_path, monkeypatch):
     eight = "--topology=cpu:8"
     assert "--out=x.json is what a search writes: add --search" in refusal(capsys, eight, "--out=x.json")
     assert "--max_compiles=2 is how many" in refusal(capsys, eight, "--max_compiles=2")
@@ -89,6 +89,7 @@ def test_flags_that_do_nothing_or_make_no_sense(capsys, tmp_path):
     said = refusal(capsys, eight, "--config.mesh.slices=2")
     assert "mesh.slices=2, but --slices=1: make them equal" in said
     flags = ["--topology=v5e:2x2", "--search"]
+    monkeypatch.setattr(command, "versions", lambda hardware: {})
     assert "is a folder; name a file in it" in refusal(capsys, *flags, f"--out={tmp_path}")
     (tmp_path / "file").write_text("")
     # Before anything is compiled.
@@ -187,6 +188,7 @@ def test_advice_names_only_what_was_not_tried():
 
 def test_the_place_for_overrides_is_proven_before_the_search(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(command, "search", None)
+    monkeypatch.setattr(command, "versions", lambda hardware: {})
     flags = ["--topology=v5e:2x2", "--search", f"--out={tmp_path}/new/x.json"]
     with pytest.raises(TypeError):  # gets as far as the search
         main(["preflight", SMOKE, *flags])
