@@ -178,6 +178,10 @@ def build(config: ConfigDict | Mapping[str, Any], cls: type = RunConfig, path: s
         raise UserError(f"config {path}: expected a group of fields, got {config!r}")
     hints = typing.get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]
+    check(
+        path != "" or "grid" in names or not {"run", "grid"} <= set(config),
+        "config: this experiment is a sweep (`run` and `grid`): `jaxlm plan` and `jaxlm sweep` take it",
+    )
     for key in config:
         if key not in names:
             raise UserError(f"config: unknown key {where}{key}{nearest(key, names)}{_elsewhere(key, names)}")

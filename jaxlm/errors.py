@@ -13,15 +13,18 @@ class UserError(ValueError):
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """`"; did you mean 'x'?"` for the closest of `choices`, or an empty string.
+    """`"; did you mean 'x'?"` for the closest of `choices`, whatever their case, or an empty string.
 
     >>> nearest("num_layrs", ["num_layers", "model_dim"])
     "; did you mean 'num_layers'?"
     >>> nearest("zzz", ["num_layers"])
     ''
+    >>> nearest("V5P", ["v4", "v5p"])
+    "; did you mean 'v5p'?"
     """
-    found = difflib.get_close_matches(str(name), [str(c) for c in choices], n=1, cutoff=0.6)
-    return f"; did you mean {found[0]!r}?" if found else ""
+    lower = {str(c).lower(): str(c) for c in choices}
+    found = difflib.get_close_matches(str(name).lower(), lower, n=1, cutoff=0.6)
+    return f"; did you mean {lower[found[0]]!r}?" if found else ""
 
 
 def check_choice(value: Any, choices: Iterable[Any], where: str) -> None:

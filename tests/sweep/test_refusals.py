@@ -40,7 +40,7 @@ def test_plan_refuses_numbers_that_no_estimate_is_made_from(capsys, tmp_path):
             "--preflight compiles for a slice (of GPUs: a host) of v4, v5e, v5p, v6e, v7x, h100, h200",
         ),
         ("--name=a/b", "--name='a/b'"),
-        ("--chip=V5P", "--chip=V5P is not one of"),
+        ("--chip=V5P", "did you mean 'v5p'"),
     ]:
         assert message in refusal(capsys, "plan", SMOKE, f"--workdir={tmp_path}/S", flag)
     odd = ["--chip=v5p", "--num_chips=3", "--preflight"]
@@ -48,6 +48,9 @@ def test_plan_refuses_numbers_that_no_estimate_is_made_from(capsys, tmp_path):
         capsys, "plan", SMOKE, f"--workdir={tmp_path}/S", *odd
     )
     one = "--config=experiments/quickstart.py:smoke"
+    assert "is a sweep (`run` and `grid`): `jaxlm plan`" in refusal(
+        capsys, "preflight", SMOKE, "--topology=cpu:8", "--cache="
+    )
     assert "is that of one run; a sweep's" in refusal(capsys, "plan", one, f"--workdir={tmp_path}/S")
     assert not (tmp_path / "S").exists()
 
