@@ -26,6 +26,7 @@ from jaxlm.sweep.shapes import MEASURES, ShapeConfig, closest_shapes
 KINDS = ("isoflop", "ladder", "rectangle", "lr_batch", "trunks", "product")
 LR_RULES = ("fixed", "width", "param")
 ID_DIGITS = 12
+MOST_RUNS = 100_000  # of a product: beyond, a value has slipped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -429,6 +430,8 @@ def _product(run: RunConfig, grid: GridConfig, center: Any) -> list[Draft]:
             )
             rows.append(dict(zip(fields, whole, strict=True)))
         axes.append(rows)
+    total = math.prod(map(len, axes)) * max(1, len(grid.budgets))
+    check(total <= MOST_RUNS, f"grid.product asks for {total:,} runs; {MOST_RUNS:,} are planned at most")
     out = []
     for budget, *rows in itertools.product(grid.budgets or (0.0,), *axes):
         changes = {name: value for row in rows for name, value in row.items()}

@@ -21,6 +21,7 @@ MEASURES: dict[str, Callable[[TransformerConfig, int], float]] = {
     "n_products": lambda cfg, seq_len: count(cfg, seq_len).n_products,
     "flops": lambda cfg, seq_len: count(cfg, seq_len).flops_train,
 }
+DIM_MOST = 2**20  # the widths of a family are listed
 BEYOND = 1.25  # a size this far outside the family is refused, a nearer one takes its end
 
 
@@ -47,6 +48,7 @@ class ShapeConfig:
             self.dim_max >= self.dim_min,
             f"shape.dim_max={self.dim_max} is below shape.dim_min={self.dim_min}",
         )
+        check(self.dim_max <= DIM_MOST, f"shape.dim_max={self.dim_max} is beyond {DIM_MOST}")
         check(self.aspect > 0, f"shape.aspect={self.aspect:g} must be positive")
         check(self.mlp_ratio > 0, f"shape.mlp_ratio={self.mlp_ratio:g} must be positive")
         starts = [start for start, _ in self.head_dims]
@@ -150,16 +152,17 @@ def closest_shapes(
         return min((low, high), key=lambda i: abs(math.log(measured(i) / size)))
 
     order = sorted(range(len(sizes)), key=lambda k: sizes[k])
+    few = (
+        f"the family has too few shapes for {len(sizes)} different ones from {by}={min(sizes):.4g} to "
+        f"{max(sizes):.4g}: lower grid.shape.dim_step={family.dim_step} or ask for fewer sizes"
+    )
+    check(len(sizes) <= len(dims), few)
     places, middle = [closest(sizes[k]) for k in order], len(order) // 2
     for j in range(middle + 1, len(order)):
         places[j] = max(places[j], places[j - 1] + 1)
     for j in range(middle - 1, -1, -1):
         places[j] = min(places[j], places[j + 1] - 1)
-    check(
-        places[0] >= 0 and places[-1] < len(dims),
-        f"the family has too few shapes for {len(sizes)} different ones from {by}={min(sizes):.4g} to "
-        f"{max(sizes):.4g}: lower grid.shape.dim_step={family.dim_step} or ask for fewer sizes",
-    )
+    check(places[0] >= 0 and places[-1] < len(dims), few)
     place = dict(zip(order, places, strict=True))
     return [shape_at(base, family, dims[place[k]]) for k in range(len(sizes))]
 

@@ -8,7 +8,9 @@ from jaxlm.cli import main
 from jaxlm.errors import UserError
 from jaxlm.sweep import chips
 from jaxlm.sweep.claims import Claims, this_process
+from jaxlm.sweep.grids import GridConfig, expand
 from jaxlm.sweep.plan_file import load_plans
+from jaxlm.sweep.shapes import ShapeConfig, closest_shapes
 from jaxlm.sweep.status import survey
 from jaxlm.sweep.store import open_store
 
@@ -53,6 +55,19 @@ def test_plan_refuses_numbers_that_no_estimate_is_made_from(capsys, tmp_path):
     )
     assert "is that of one run; a sweep's" in refusal(capsys, "plan", one, f"--workdir={tmp_path}/S")
     assert not (tmp_path / "S").exists()
+
+
+def test_grids_of_a_slipped_number_are_refused_at_once(tiny):
+    run = tiny.config(tiny.texts)
+    with pytest.raises(UserError, match=r"shape\.dim_max=1000000000 is beyond 1048576"):
+        ShapeConfig(dim_max=10**9)
+    family = ShapeConfig(dim_min=8, dim_max=64, dim_step=8, head_dims=((0, 8),))
+    with pytest.raises(UserError, match="too few shapes for 100000 different ones"):
+        closest_shapes(run.model, family, [1e4] * 100_000, seq_len=16)
+    many = tuple(range(1, 1001))
+    axes = (("seed", many), ("data.seed", many), ("train.num_steps", many))
+    with pytest.raises(UserError, match="asks for 1,000,000,000 runs; 100,000 are planned at most"):
+        expand(run, GridConfig(kind="product", product=axes))
 
 
 def test_sweep_and_collect_refuse_what_is_not_there(capsys, folder):
