@@ -176,10 +176,11 @@ def _define_config(values: flags.FlagValues, spec: str | None, argv: list[str], 
         if match:
             check_name(match[1], cls)
             argv[i] = _tuple_literal(config, match[1], arg)
-            if match[1] == "mesh" and arg.endswith("=auto"):
-                argv[i] = "--config.mesh.auto=True"
-            if match[1] == "mesh" and argv[i + 1 : i + 2] == ["auto"] and "=" not in arg:
-                argv[i : i + 2] = ["--config.mesh.auto=True"]
+            mesh = match[1] in ("mesh", "run.mesh")
+            if mesh and arg.endswith("=auto"):
+                argv[i] = f"--config.{match[1]}.auto=True"
+            if mesh and argv[i + 1 : i + 2] == ["auto"] and "=" not in arg:
+                argv[i : i + 2] = [f"--config.{match[1]}.auto=True"]
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["jaxlm", *argv])
     return config
 

@@ -57,6 +57,15 @@ def test_plan_refuses_numbers_that_no_estimate_is_made_from(capsys, tmp_path):
     assert not (tmp_path / "S").exists()
 
 
+def test_the_mesh_of_a_sweep_is_left_to_the_planner_as_that_of_a_run_is(capsys, tiny, tmp_path):
+    data = [f"--config.run.data.{name}={tiny.texts}/{name}.txt" for name in ("train", "eval")]
+    flags = [*data, "--config.grid.allow_epochs=True", "--config.run.data.batch_size=4", "--dry_run"]
+    flags += ["--config.grid.tolerance=0.5", "--chip=v5p", "--num_chips=4", f"--workdir={tmp_path}/S"]
+    for auto in (["--config.run.mesh=auto"], ["--config.run.mesh", "auto"]):
+        assert main(["plan", SMOKE, *flags, *auto]) == 0
+        assert "4 x TPU v5 a run" in capsys.readouterr().out
+
+
 def test_grids_of_a_slipped_number_are_refused_at_once(tiny):
     run = tiny.config(tiny.texts)
     with pytest.raises(UserError, match=r"shape\.dim_max=1000000000 is beyond 1048576"):
