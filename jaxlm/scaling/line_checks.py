@@ -64,22 +64,15 @@ def drift(fit: Fit, points: Points) -> Found:
 
 def scatter(fit: Fit, points: Points) -> Found:
     """Vertices that lie further from their line than their own noise allows."""
-    used = [o for o in fit.optima if o["used"] and o.get("sigma_log_N")]
-    if len(used) < 4:
-        return []
-    rest = [
-        (math.log(o["N"]) - fit.parameters["log_kN"] - fit.parameters["a"] * math.log(o["budget"]))
-        / o["sigma_log_N"]
-        for o in used
-    ]
-    ratio = float(np.square(rest).sum() / (len(used) - 2))
-    if ratio < 1 + 4 * math.sqrt(2 / (len(used) - 2)):
+    excess, ratio = (fit.settings.get(name, 0.0) for name in ("excess_scatter", "scatter_ratio"))
+    if not excess:
         return []
     text = (
-        f"the optima scatter {math.sqrt(ratio):.2g} times as much about their line as the noise of the runs "
-        "explains: the intervals of N* and D* are too narrow, or the law is no power law"
+        f"the optima scatter {ratio:.2g} times as much about their line as the noise of the runs explains. "
+        f"The intervals hold the rest ({math.expm1(excess):.1%} of N*, taken for independent at every "
+        "budget); look for budgets of fewer sizes or other settings, or for a bend: then it is no power law"
     )
-    return found("scattered_vertices", "warning", text, math.sqrt(ratio))
+    return found("scattered_vertices", "warning", text, ratio)
 
 
 def exponents(fit: Fit, points: Points) -> Found:

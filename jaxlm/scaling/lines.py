@@ -89,6 +89,32 @@ def _floor_and_scale(c: Array, x: Array, y: Array, weight: Array) -> tuple[Array
     return floor, scale, (weight * (floor[:, None] + scale[:, None] * basis - y) ** 2).sum(-1)
 
 
+def excess_scatter(
+    x: Float64[Array, "M"], y: Float64[Array, "M"], sigma: Float64[Array, "M"]
+) -> tuple[float, float]:
+    """How far vertices lie from their plain line beyond what their noise explains.
+
+    Args:
+        x: log C.
+        y: log N*.
+        sigma: standard deviation of y by the noise of the runs; 0: unknown.
+
+    Returns:
+        The standard deviation that is left over, 0 where the scatter could be chance (chi^2 within four
+        standard deviations of its mean) or there are fewer than four vertices; and the root of chi^2 / dof.
+    """
+    dof = len(x) - 2
+    if dof < 2 or not np.all(sigma > 0):
+        return 0.0, 0.0
+    ones = np.ones((1, len(x)))
+    intercept, slope = line(x[None], y[None], ones)
+    squares = (y - intercept - slope * x) ** 2
+    ratio = float((squares / sigma**2).sum() / dof)
+    if ratio < 1 + 4 * math.sqrt(2 / dof):
+        return 0.0, math.sqrt(ratio)
+    return math.sqrt(max(float(squares.sum() / dof - (sigma**2).mean()), 0.0)), math.sqrt(ratio)
+
+
 def compute_lines(
     optima: tuple[Float64[Array, "S M"], ...],
     losses: tuple[Float64[Array, "S K"], ...],

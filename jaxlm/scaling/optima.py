@@ -19,7 +19,9 @@ Iso-FLOP: for each budget the vertex of the loss against log N, and separately a
             is rejected (Porian et al. 2024, formll/resolving-scaling-law-discrepancies).
   robust    the parabola under a Huber loss with delta = 1 standard deviation of the noise (Marin's delta is 1
             nat, which no residual ever reaches).
-The lines weigh a vertex by 1 / max(sigma, grid step / 3)^2, sigma from draws of the noise (Porian et al.).
+The lines are plain least squares of the vertices, as in the literature; Akima's, and all where a sigma column
+tells the noise, weigh them by 1 / max(sigma, grid step / 3)^2 (Porian et al.), sigma from draws of the noise.
+Where vertices scatter more than that noise explains, each moves in the draws by what is left over as well.
 
 Noise is drawn onto losses that are noisy already. To parabolas that makes no difference: 95% intervals of a,
 b and N* at 10x the compute cover .93 to .95 (200 sweeps of 15 and of 28 runs), robust ones .93 to .96.
@@ -37,7 +39,7 @@ import scipy
 from jaxtyping import Float64, Int64
 
 from jaxlm.errors import check, check_choice
-from jaxlm.scaling.lines import FLOOR_NEEDS, Refusal, compute_lines, percentiles
+from jaxlm.scaling.lines import FLOOR_NEEDS, Refusal, compute_lines, excess_scatter, percentiles
 from jaxlm.scaling.record import Fit
 from jaxlm.scaling.table import Exclusion, Points
 from jaxlm.scaling.vertices import (
@@ -181,7 +183,17 @@ def fit_isoflop(
     floor = len(used) >= FLOOR_NEEDS
     kept = inside.sum(-1) >= (3 if floor else 2)
     log_c = np.broadcast_to(np.log([optima[i]["budget"] for i in used]), inside.shape)
-    weights = [inside * _line_weights(points, budgets, optima, used, column) for column in ("N", "D")]
+    spread = np.array([optima[i]["sigma_log_N"] for i in used])
+    excess, ratio = excess_scatter(log_c[0], log_n[0], spread)
+    moved = excess * np.random.default_rng([seed, 1]).standard_normal(log_n.shape)
+    moved[0] = 0.0  # the estimate
+    log_n, log_d = log_n + moved, log_d - moved  # N D is the budget's
+    weighted = variant == "akima" or points.sigma is not None
+    weights = [inside.astype(float) for _ in "ND"]
+    if weighted:
+        steps = [math.log(optima[i]["N_high"] / optima[i]["N_low"]) / (optima[i]["sizes"] - 1) for i in used]
+        sigmas = ([optima[i][f"sigma_log_{column}"] for i in used] for column in "ND")
+        weights = [inside * np.maximum(s, np.array(steps) / 3) ** -2 for s in sigmas]
     names, table = compute_lines(
         tuple(v[kept] for v in (log_c, log_n, log_d, *weights)),
         tuple(v[kept] for v in (log_c, lowest, inside.astype(float))),
@@ -213,7 +225,9 @@ def fit_isoflop(
             budgets_from=how,
             noise="unknown" if noise is None else noise.source,
             noise_dof=0 if noise is None else noise.dof,
-            line_weights="1 / max(sigma, grid step / 3)^2",
+            line_weights="1 / max(sigma, grid step / 3)^2" if weighted else "equal",
+            excess_scatter=excess,
+            scatter_ratio=ratio,
         ),
     )
 
@@ -265,18 +279,6 @@ def _optimum(points: Points, budget: Budget, by_n: tuple, by_d: tuple) -> dict:
 def _number(value: float) -> float | None:
     """None for what JSON does not have."""
     return float(value) if np.isfinite(value) else None
-
-
-def _line_weights(
-    points: Points, budgets: list[Budget], optima: list[dict], used: list[int], column: str
-) -> Float64[Array, "M"]:
-    """1 / max(sigma, grid step / 3)^2 of each vertex that the line uses."""
-    out = []
-    for i in used:
-        values = np.log(getattr(points, column)[budgets[i].index])
-        step = (values.max() - values.min()) / (optima[i]["sizes"] - 1)
-        out.append(max(optima[i][f"sigma_log_{column}"], step / 3) ** -2)
-    return np.array(out)
 
 
 def _curve_residuals(

@@ -370,3 +370,25 @@ def test_draws_are_a_function_of_the_seed():
     one, two, other = (fit_isoflop(points, draws=30, seed=s).draws for s in (0, 0, 1))
     assert one == two
     assert one != other
+
+
+def test_vertices_off_their_line_count_alike_and_widen_the_intervals():
+    """Budgets of few, wide sizes are as far off as the others where it is not noise that moves them."""
+    budgets = np.geomspace(1e18, 1e22, 8)
+    off = np.random.default_rng(3).normal(0, 0.2, len(budgets))
+    plain = isoflop(0.35, 0.35, budgets, noise=0.0005)
+    moved = isoflop(0.35, 0.35, budgets, noise=0.0005)
+    shift = np.exp(np.repeat(off, 9))
+    moved = dataclasses.replace(moved, L=loss(moved.N * shift, moved.D / shift, 0.35, 0.35))
+    keep = np.tile(np.arange(9) % 4 == 0, len(budgets)) | (moved.C < 9e21)
+    one, two = (fit_isoflop(p.take(keep), draws=200) for p in (plain, moved))
+    assert one.settings["excess_scatter"] == 0
+    rest = off - np.polyval(np.polyfit(np.log(budgets), off, 1), np.log(budgets))
+    assert two.settings["excess_scatter"] == pytest.approx(math.sqrt((rest**2).sum() / 6), rel=0.1)
+    width = [np.subtract(*f.intervals["a"]["bootstrap"][::-1]) for f in (one, two)]
+    assert width[1] > 5 * width[0]
+    x, y = (np.log([[o[name] for o in two.optima]]) for name in ("budget", "N"))
+    assert two.parameters["a"] == pytest.approx(float(line(x, y, np.ones_like(x))[1][0]), rel=1e-12)
+    akima = fit_isoflop(moved.take(keep), variant="akima", draws=200)
+    assert akima.settings["line_weights"] != two.settings["line_weights"] == "equal"
+    assert akima.parameters["a"] != pytest.approx(two.parameters["a"], rel=1e-6)
