@@ -2,8 +2,9 @@
 
 import csv
 import io
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,32 +16,37 @@ MISSING = frozenset(
     ("", "na", "n/a", "#n/a", "-", "--", "\N{EM DASH}", "\N{EN DASH}", "null", "none", "missing")
 )
 DELIMITERS = ",;\t|"
+RULE = re.compile(r":?-+:?")  # a cell of the line below the header of a Markdown table
+SUFFIXES = {"K": "e3", "M": "e6", "B": "e9", "G": "e9", "T": "e12", "%": "e-2"}  # as a number is written
 
 
-def read_csv(path: Path, content: bytes) -> tuple[dict[str, np.ndarray], np.ndarray, tuple[str, ...]]:
-    """Columns, the line of each row, and the names that stand there twice."""
+def read_text(path: Path, content: bytes) -> tuple[dict[str, np.ndarray], np.ndarray | None, tuple[str, ...]]:
+    """Columns, the line of each row (None in a JSON array), and the names that stand there twice."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"table {str(path)!r} is not text in UTF-8 (byte {error.start})") from None
     check("\0" not in text, f"table {str(path)!r} is not a CSV file: it holds zero bytes")
     first = text.lstrip()[:1]
-    check(
-        first not in ("{", "["),
-        f"table {str(path)!r} is JSON: write it as CSV or Parquet first, "
-        "`pandas.read_json(path, lines=True).to_csv('runs.csv')`",
-    )
+    if first in ("{", "["):
+        return _read_json(path, text)
     top = [line for line in text.splitlines()[:20] if line.strip()][:2]
     below = len(top) < 2 or any(number(cell) is not None for cell in re.split(r"[,;|\t]", top[1]))
     check(
         first != "#" or below,
         f"table {str(path)!r} begins with a comment: delete the lines with # above the header",
     )
-    lines = _split(path, text, "\t" if path.suffix == ".tsv" else ",")
+    lines = _split(path, text, "\t" if ".tsv" in path.suffixes[-2:] else ",")
     check(bool(lines), f"table {str(path)!r} is empty")
     if len(lines[0][1]) == 1:
         other = max(DELIMITERS, key=lines[0][1][0].count)
         lines = _split(path, text, other) if other in lines[0][1][0] else lines
+        if (
+            other == "|"
+            and len(lines) > 1
+            and all(RULE.fullmatch(c.strip()) for c in lines[1][1] if c.strip())
+        ):
+            del lines[1]
     names = [name.strip() for name in lines[0][1]]
     check(
         not all(number(name) is not None for name in names),
@@ -57,6 +63,49 @@ def read_csv(path: Path, content: bytes) -> tuple[dict[str, np.ndarray], np.ndar
         name: _column([row[i] for row in cells]) for i, name in enumerate(names) if name and name not in twice
     }
     return columns, np.array([line for line, _ in lines[1:]], int), twice
+
+
+def _read_json(path: Path, text: str) -> tuple[dict[str, np.ndarray], np.ndarray | None, tuple[str, ...]]:
+    """Runs as an array of objects, one object a line, or one object of columns; objects within are a.b."""
+    what = (
+        f"table {str(path)!r} is JSON and no table: that is an array of objects, one object a line, or one "
+        "object of columns. Of files of one run each, `pandas.json_normalize` of all makes one"
+    )
+    lines = None
+    try:
+        found = json.loads(text)
+    except ValueError:
+        numbered = [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+        lines, found = np.array([i for i, _ in numbered], int), []
+        for i, line in numbered:
+            try:
+                found.append(json.loads(line))
+            except ValueError as error:
+                raise UserError(f"table {str(path)!r}, line {i}: not JSON: {error}") from None
+    if isinstance(found, dict):
+        parts = [list(v.values()) if isinstance(v, dict) else v for v in found.values()]
+        check(all(isinstance(v, list) and len(v) == len(parts[0]) for v in parts), what)
+        check(not any(isinstance(cell, (list, dict)) for v in parts for cell in v), what)
+        found = [dict(zip(found, row, strict=True)) for row in zip(*parts, strict=True)]
+    check(isinstance(found, list) and all(isinstance(row, dict) for row in found), what)
+    rows = [_flat(row) for row in found]
+    names = dict.fromkeys(name for row in rows for name in row)
+    check(bool(names), what)
+    return {name: _column([row.get(name, "") for row in rows]) for name in names}, lines, ()
+
+
+def _flat(row: Mapping, above: str = "") -> dict[str, str]:
+    """
+    >>> _flat({"a": {"b": 1.5, "c": None}, "d": "x"})
+    {'a.b': '1.5', 'a.c': '', 'd': 'x'}
+    """
+    out: dict[str, str] = {}
+    for name, value in row.items():
+        if isinstance(value, dict):
+            out |= _flat(value, f"{above}{name}.")
+        else:
+            out[f"{above}{name}"] = "" if value is None else str(value)
+    return out
 
 
 def _split(path: Path, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
@@ -95,6 +144,19 @@ def number(cell: str) -> float | None:
         return float(cell)
     except ValueError:
         return np.nan if cell.strip().lower() in MISSING else None
+
+
+def suffixed(cell: str) -> float | None:
+    """What a number with a suffix of SUFFIXES stands for; None if it is none.
+
+    >>> suffixed("1.4B"), suffixed("70m"), suffixed("52 %"), suffixed("done")
+    (1400000000.0, 70000000.0, 0.52, None)
+    """
+    cell = cell.strip()
+    power = SUFFIXES.get(cell[-1:].upper())
+    plain = cell[:-1].strip()
+    digits = power is not None and plain[-1:].isdigit() and number(plain) is not None
+    return float(f"{plain}{power}") if digits and "e" not in plain.lower() else None
 
 
 def _column(cells: Sequence[str]) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import gzip
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from jaxlm.errors import UserError, check, nearest
-from jaxlm.scaling.cells import number, read_csv, read_parquet
+from jaxlm.scaling.cells import number, read_parquet, read_text, suffixed
 from jaxlm.scaling.where import where_mask
 
 # What our own collected table calls the roles; used where --columns does not say otherwise.
@@ -25,7 +26,6 @@ HINTS = {
     "C": ("flops", "train_flop", "train_flops", "flop", "c"),
     "loss": ("loss", "val_loss", "nll", "loss_nats"),
 }
-SUFFIXES = {"K": "e3", "M": "e6", "B": "e9", "G": "e9", "T": "e12", "%": "e-2"}  # as a number is written
 SHARES = ("sparsity", "accuracy", "error")  # roles whose values are shares of 1
 
 
@@ -98,14 +98,15 @@ class Table:
 
 
 def read_table(path: str | Path) -> Table:
-    """Reads a .csv, .tsv or .parquet file.
+    """Reads a .csv, .tsv, .json, .jsonl or .parquet file, packed by gzip or not.
 
     Text is separated by tabs in .tsv, else by commas, or by what else its first line holds of `; tab |` if it
-    holds no comma. Cells that say in a usual way that there is no number (MISSING) are NaN in a column of
-    numbers. Columns without a name are not read.
+    holds no comma; what begins with a brace or a bracket is JSON. Cells that say in a usual way that there is
+    no number (MISSING) are NaN in a column of numbers. Columns without a name are not read.
 
     Raises:
-      UserError: it cannot be read, or is no table: packed, JSON, no header, no rows, a row of another length.
+      UserError: it cannot be read, or is no table: packed otherwise, JSON of another form, no header, no
+        rows, a row of another length.
     """
     path = Path(path)
     check(path.is_file(), f"table {str(path)!r} is not a file")
@@ -114,22 +115,24 @@ def read_table(path: str | Path) -> Table:
     except OSError as error:
         raise UserError(f"table {str(path)!r} cannot be read: {error.strerror}") from None
     digest = hashlib.sha256(content).hexdigest()
-    packed = content.startswith((b"\x1f\x8b", b"PK\x03\x04", b"BZh"))
-    check(
-        not packed, f"table {str(path)!r} is packed: unpack it first (gunzip, unzip; a workbook: save as CSV)"
-    )
+    if content.startswith(b"\x1f\x8b"):
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError) as error:
+            raise UserError(f"table {str(path)!r} cannot be unpacked: {error}") from None
+    packed = content.startswith((b"PK\x03\x04", b"BZh"))
+    check(not packed, f"table {str(path)!r} is packed: unpack it first (unzip; a workbook: save as CSV)")
     if path.suffix == ".parquet" or content[:4] == b"PAR1":
         columns, lines, twice = read_parquet(path), None, ()
-        count = len(next(iter(columns.values())))
     else:
-        columns, lines, twice = read_csv(path, content)
-        count = len(lines)
+        columns, lines, twice = read_text(path, content)
+    count = len(next(iter(columns.values()))) if lines is None else len(lines)
     check(count > 0, f"table {str(path)!r} has a header and no rows")
     return Table(columns, str(path), digest, np.arange(count), lines, twice)
 
 
 def parse_columns(text: str) -> dict[str, str]:
-    """Role -> column, from `N=params,C=train_flop,loss=loss_nats`; a name with a comma goes in quotes.
+    """Role -> column, from `N=params_b*1e9,loss=loss_nats`; a name with a comma goes in quotes.
 
     >>> parse_columns('loss=loss_nats, "N=params, total"')
     {'loss': 'loss_nats', 'N': 'params, total'}
@@ -157,7 +160,7 @@ def resolve(table: Table, columns: Mapping[str, str]) -> dict[str, str]:
     """
     out = dict(columns)
     for role, column in columns.items():
-        table.require(column, f"--columns={role}={column}")
+        table.require(scaled(table, column)[0], f"--columns={role}={column}")
     ours = OURS in table.columns
     known = ours or not {"N", "D", "C"} & set(columns)
     for role, column in (DEFAULTS | (EXTRAS if ours else {})).items():
@@ -166,26 +169,45 @@ def resolve(table: Table, columns: Mapping[str, str]) -> dict[str, str]:
     return out
 
 
-def _numeric(table: Table, column: str) -> tuple[Float64[np.ndarray, "R"], np.ndarray]:
-    """A column as numbers, and the positions of cells that are none and do not say so; both are NaN."""
+def scaled(table: Table, text: str) -> tuple[str, float]:
+    """The column that `--columns` names and its factor: `gflops*1e9`, unless that is a column's name."""
+    column, star, factor = (part.strip() for part in text.rpartition("*"))
+    if not star or text in table.columns or (value := number(factor)) is None or not 0 < value < np.inf:
+        return text, 1.0
+    return column, value
+
+
+def _numeric(table: Table, name: str, notes: list[str]) -> tuple[Float64[np.ndarray, "R"], np.ndarray]:
+    """A column as numbers, and the positions of cells that are none and do not say so; both are NaN.
+
+    Numbers with a suffix are read, with a note. `name` may hold a factor, see `scaled`.
+    """
+    column, factor = scaled(table, name)
     values = table.columns[column]
     if values.dtype.kind == "f":
-        return values, np.zeros(0, int)
+        return values if factor == 1 else values * factor, np.zeros(0, int)
     read = [number(cell) for cell in values]
+    sized = [i for i, value in enumerate(read) if value is None and suffixed(values[i]) is not None]
+    for i in sized:
+        read[i] = suffixed(values[i])
+    if sized:
+        notes.append(
+            f"column {column!r}: {len(sized)} cells such as {str(values[sized[0]])!r} are read as "
+            f"{read[sized[0]]:g}; counts that are not rounded fit better"
+        )
     odd = np.flatnonzero([value is None for value in read])
-    return np.array([np.nan if value is None else value for value in read], float), odd
+    return factor * np.array([np.nan if value is None else value for value in read], float), odd
 
 
 def _no_number(table: Table, role: str, column: str, position: int, all_odd: bool) -> UserError:
     """Names a cell that is no number, and what to do about it; `all_odd`: no cell of the column is one."""
+    column, _ = scaled(table, column)
     cell = str(table.columns[column][position]).strip()
     hint = f"leave such rows out with --where='{role} >= 0', or empty the cell"
     if all_odd:
         hint = f"nor is any other cell of the column: name another for {role} in --columns"
     if "," in cell and number(cell.replace(",", "")) is not None:
         hint = "numbers are written without commas, as 1234.5"
-    elif cell[-1:].upper() in SUFFIXES and cell[0].isdigit() and number(cell[:-1]) is not None:
-        hint = f"write it out in the table, as {float(cell[:-1]):g}{SUFFIXES[cell[-1].upper()]}"
     return UserError(
         f"table {table.path!r}, {table.place(position)}, column {column!r}: {cell!r} is not a number; {hint}"
     )
@@ -235,7 +257,7 @@ def select(
     values, odd = {}, {}
     for role, column in names.items():
         if role != "block":
-            values[role], odd[role] = _numeric(table, column)
+            values[role], odd[role] = _numeric(table, column, notes)
     if "loss" in values:
         values["L"] = values.pop("loss")
     _derive(values, needs, notes)

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import json
 
 import numpy as np
 import pytest
@@ -144,6 +145,35 @@ def test_the_delimiter_is_what_the_header_holds(table, name, mark):
     assert select(t, ROLES)[0].L.tolist() == [4.0, 3.5, 3.2, 9.0]
 
 
+RUNS = [{"n": 1e6, "hp": {"lr": 0.1}, "loss": 4}, {"n": 2e6, "hp": {"lr": 0.2, "wd": 1}, "loss": None}]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(RUNS, indent=1),
+        "\n\n".join(map(json.dumps, RUNS)),
+        json.dumps({"n": [1e6, 2e6], "hp.lr": [0.1, 0.2], "hp.wd": [None, 1], "loss": [4, None]}),
+        json.dumps({"n": {"0": 1e6, "1": 2e6}, "hp.lr": {"0": 0.1, "1": 0.2}, "loss": {"0": 4, "1": None}}),
+    ],
+)
+def test_json_reads_as_csv_does(table, text):
+    t = table(text, "t.json")
+    points, excluded, _ = select(t, {"N": "n", "lr": "hp.lr", "loss": "loss"}, needs=("N", "lr"))
+    assert (points.N.tolist(), points.extra["lr"].tolist()) == ([1e6, 2e6], [0.1, 0.2])
+    np.testing.assert_array_equal(select(t, {"N": "n", "x": "loss"}, needs=("N",))[0].extra["x"], [4, np.nan])
+    assert excluded == []
+
+
+def test_packed_and_markdown_tables_are_read(table, tmp_path):
+    (tmp_path / "x.tsv.gz").write_bytes(gzip.compress(PLAIN.replace(",", "\t").encode()))
+    assert select(read_table(tmp_path / "x.tsv.gz"), ROLES)[0].L.tolist() == [4.0, 3.5, 3.2, 9.0]
+    rows = [f"| {line.replace(',', ' | ')} |" for line in PLAIN.splitlines()]
+    t = table("\n".join([rows[0], "|:---|---:|:-:|-----|", *rows[1:]]), "t.md")
+    assert list(t.columns) == ["params", "train_flop", "loss_nats", "kind"]
+    assert (select(t, ROLES)[0].L.tolist(), t.place(0)) == ([4.0, 3.5, 3.2, 9.0], "line 3")
+
+
 def test_columns_that_nobody_asks_for_do_no_harm(table):
     """Two without a name, two of one name; a line ends at a line feed alone, not at a form feed in a cell."""
     t = table("params,flop,loss,note,note,,\n1e6,6e14,4,a,b,,\n2e6,6e14,3,a\fc,\u2028,,\n")
@@ -205,11 +235,31 @@ def test_shares_in_percent_are_refused_by_name(table, role):
     assert len(select(t, roles)[0]) == 3  # nothing reads it
 
 
-@pytest.mark.parametrize(("cell", "number"), [("70M", "70e6"), ("1.5B", "1.5e9"), ("3.8%", "3.8e-2")])
-def test_suffixed_numbers_are_told_how_they_are_written(table, cell, number):
-    """`--where='N >= 0'` would leave every such row out: it is no remedy."""
-    with pytest.raises(UserError, match=f"'{cell}' is not a number; write it out in the table, as {number}$"):
-        select(table(f"n,d,loss\n{cell},1,3\n7e7,1,3\n"), {"N": "n", "D": "d"})
+def test_numbers_with_a_suffix_are_read_and_the_note_says_so(table):
+    """`--where` sees the cells as they are written."""
+    text = "size,d,loss,share\n1.5B,20T,3,3.8%\n70m,1e9,3,40 %\n7e7,2e9,3,.5\n14M,2e9,3,\n"
+    roles = {"N": "size", "D": "d", "accuracy": "share"}
+    points, _, notes = select(table(text), roles, where="size != '14M'")
+    np.testing.assert_allclose(points.N, [1.5e9, 7e7, 7e7], rtol=1e-15)
+    assert points.D.tolist() == [2e13, 1e9, 2e9]
+    np.testing.assert_allclose(points.extra["accuracy"], [0.038, 0.4, 0.5], rtol=1e-15)
+    assert any("column 'size': 3 cells such as '1.5B' are read as 1.5e+09" in note for note in notes)
+    for cell in ("1e3M", "M", "1.5BB", "nanM", "5ms"):
+        with pytest.raises(UserError, match=f"'{cell}' is not a number"):
+            select(table(f"n,d,loss\n{cell},1,3\n7e7,1,3\n"), {"N": "n", "D": "d"})
+
+
+def test_a_column_may_be_multiplied(table):
+    """A factor stands behind a star, unless a column is called so."""
+    t = table("n,a/flops,acc,loss,c*2\n1,6e5,50,3,7\n2,6e5,60,2,8\n")
+    roles = parse_columns("N=n*1e6,C=a/flops * 1e9,accuracy=acc*0.01")
+    points, _, _ = select(t, roles, where="N < 2e6", needs=("N", "D", "L", "accuracy"))
+    assert (points.N.tolist(), points.D.tolist()) == ([1e6], [1e8])
+    assert points.extra["accuracy"].tolist() == [0.5]
+    assert select(t, {"N": "n", "D": "c*2"})[0].D.tolist() == [7, 8]
+    for wrong in ("nn*1e6", "n*x", "n*-1", "n*"):
+        with pytest.raises(UserError, match="no column"):
+            select(t, {"N": wrong, "D": "c*2"})
 
 
 def test_all_roles_that_are_missing_are_named(table):
@@ -269,7 +319,11 @@ def test_the_hash_is_of_the_file(tmp_path):
         ("1,2\n3,4\n", "no header"),
         ('a,b\n"1,2\n', "not a CSV"),
         ("a,b\n1,\0\n", "zero bytes"),
-        ('{"a": 1, "b": 2}\n{"a": 1, "b": 2}\n', "is JSON: write it as CSV or Parquet"),
+        ('{"a": 1, "b": {"c": 2}}', "is JSON and no table"),
+        ("[1, 2]", "is JSON and no table"),
+        ("[]", "is JSON and no table"),
+        ('{"a": [1, 2], "b": [1]}', "is JSON and no table"),
+        ('{"a": 1}\n{"a": 2,}\n', "line 2: not JSON"),
         ("# of a paper\na,b\n1,2\n", "delete the lines with # above the header"),
     ],
 )
@@ -291,8 +345,11 @@ def test_other_files_are_refused(tmp_path):
     (tmp_path / "x.csv").write_bytes(b"a,b\n\xff\xfe,1\n")
     with pytest.raises(UserError, match="not text in UTF-8"):
         read_table(tmp_path / "x.csv")
-    (tmp_path / "x.csv.gz").write_bytes(gzip.compress(PLAIN.encode()))
+    (tmp_path / "x.zip").write_bytes(b"PK\x03\x04")
     with pytest.raises(UserError, match="packed: unpack it first"):
+        read_table(tmp_path / "x.zip")
+    (tmp_path / "x.csv.gz").write_bytes(gzip.compress(PLAIN.encode())[:20])
+    with pytest.raises(UserError, match="cannot be unpacked"):
         read_table(tmp_path / "x.csv.gz")
     (tmp_path / "x.parquet").write_bytes(b"a,b\n1,2\n")
     with pytest.raises(UserError, match="not a Parquet file"):
