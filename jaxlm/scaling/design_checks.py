@@ -6,11 +6,14 @@ judged.
 
 import numpy as np
 
+from jaxlm.scaling.laws import LAWS
 from jaxlm.scaling.table import Points
 from jaxlm.scaling.vertices import size_labels, sizes
 
 Found = list[dict]
 PORIAN_BATCH = 128 * 2048  # tokens: at or below it, beta2 = .95 was too low
+MIXED = 0.05  # median range of log loss within the cells of one (N, D), from which it is no seed noise
+PREFIXES = {"G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18, "Z": 1e21}  # of FLOPs; PF-days are 8.64e19
 
 
 def found(name: str, level: str, text: str, value: object) -> Found:
@@ -48,6 +51,44 @@ def multi_epoch(points: Points, law: str) -> Found:
         "law=data_constrained"
     )
     return found("multi_epoch", "warning", text, many)
+
+
+def no_repeats(points: Points, law: str) -> Found:
+    """The data-constrained law on runs that repeat no token: R_D does nothing; often U and D are swapped."""
+    if law != "data_constrained" or "U" not in points.extra:
+        return []
+    epochs = points.D / points.extra["U"]
+    if (epochs > 1.001).any():
+        return []
+    more = int((epochs < 0.999).sum())
+    text = (
+        "no run sees a token twice (D <= U in every row): R_D does nothing, and stays where its search began"
+    )
+    if more > len(points) / 2:
+        text += (
+            f". In {more} of {len(points)} rows U is above D: are the columns of tokens and of unique tokens "
+            "swapped?"
+        )
+    return found("no_repeats", "warning", text, more)
+
+
+def mixed_rows(points: Points, law: str) -> Found:
+    """Rows of one N and D whose losses differ by more than seeds do: several things in one table."""
+    if "lr" in points.extra or not np.isfinite(points.L).all():
+        return []
+    further = LAWS[law].inputs if law in LAWS else ()
+    inputs = [points.N, points.D, *(points.extra[role] for role in further if role in points.extra)]
+    _, label = np.unique(np.stack(inputs, -1), axis=0, return_inverse=True)
+    ranges = [float(np.ptp(np.log(points.L[label.ravel() == k]))) for k in np.unique(label)]
+    several = [r for r, n in zip(ranges, np.bincount(label.ravel()), strict=True) if n > 1]
+    if not several or (middle := float(np.median(several))) < MIXED:
+        return []
+    text = (
+        f"rows of one N and D differ in loss by {np.expm1(middle):.0%} at the median of {len(several)} "
+        "cells, more than seeds do: several metrics, data sets, learning rates or stages of training? Fit "
+        "one kind of row with --where, or each with --group"
+    )
+    return found("mixed_rows", "warning", text, middle)
 
 
 def _cells(points: Points) -> np.ndarray:
@@ -172,7 +213,9 @@ def odd_units(points: Points, law: str) -> Found:
     """Counts in another unit than runs, parameters, tokens and FLOPs (pitfall 15): a law fits those too."""
     ratio = float(np.median(points.C / (6.0 * points.N * points.D)))
     n, d = float(np.median(points.N)), float(np.median(points.D))
-    what = [f"C is {ratio:.3g} times 6 N D"] if not 0.3 <= ratio <= 10 else []
+    prefix = next((p for p, unit in PREFIXES.items() if 0.3 <= ratio * unit <= 10), "")
+    unit = f" (as if in {prefix}FLOP: C=COLUMN*{PREFIXES[prefix]:g})" if prefix else ""
+    what = [f"C is {ratio:.3g} times 6 N D{unit}"] if not 0.3 <= ratio <= 10 else []
     what += [f"{name} is {v:.3g}" for name, v in (("N", n), ("D", d)) if v < 1e3]
     if not what:
         return []
@@ -226,4 +269,6 @@ CHECKS = (
     large_scatter,
     odd_units,
     duplicate_rows,
+    no_repeats,
+    mixed_rows,
 )

@@ -35,7 +35,7 @@ The pitfalls of the literature, and what stands against each:
 
 Beyond these: extrapolation, draws_without_optimum, curve_without_optimum, no_optimum, no_interval
 (`predict`), steps_unchecked (`downstream`), narrow_range, flops_by_6nd, residual_trend,
-exponents_do_not_add, no_envelope, at_bound, poor_fit.
+exponents_do_not_add, no_envelope, at_bound, poor_fit, mixed_rows, no_repeats, no_noise, no_trend.
 """
 
 import itertools

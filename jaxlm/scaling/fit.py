@@ -24,7 +24,8 @@ from jaxlm.scaling.varpro import solve_varpro
 
 METHODS = ("surface", "varpro", "envelope", "parabola", "akima", "robust")
 SAME = 1e-8  # relative to the objective: starts that end within it found the same optimum
-IDENTITY = ("a", "b", "c")  # derived numbers whose interval is symmetric; the others are positive scales
+# Derived numbers whose interval is symmetric, and what they may be; the others are positive scales.
+IDENTITY = {"a": (0.0, 1.0), "b": (0.0, 1.0), "c": (0.0, np.inf)}
 
 
 def run_fit(
@@ -277,6 +278,8 @@ def _public_limits(law: Law, name: str) -> tuple[float, float]:
     """What a parameter or a derived number may be; a law's limits of mixed ones are of other coordinates."""
     if name in law.logs:
         return 0.0, np.inf
+    if name not in law.names:
+        return IDENTITY.get(name, UNBOUNDED)
     return UNBOUNDED if name in law.mixed else law.limits.get(name, UNBOUNDED)
 
 

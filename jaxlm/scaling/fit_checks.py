@@ -15,6 +15,7 @@ LOOSE_ELSE = 0.3  # of other targets: a tuned learning rate is known to a factor
 FLOOR = 1 / 3  # width of an interval of E over it, from which on the data do not hold E
 RIDGE = 10.0  # ends of an interval over each other, of a positive parameter that is no level of a power
 LEVELS = ("N_c", "D_c")  # of powers in laws that are no sum: as wide as the exponent lets them be
+EXACT = 1e-6  # deviation of the log residuals below which losses are computed, not measured
 REACHED = 1e-6  # gap to the best objective, relative, at which a start counts as arrived
 
 
@@ -28,6 +29,17 @@ def few_points(fit: Fit, points: Points) -> Found:
         "good fit is no evidence. Fix or tie parameters, or add runs"
     )
     return found("few_points", "warning", text, len(points))
+
+
+def no_noise(fit: Fit, points: Points) -> Found:
+    """A law that meets every run: a made-up table, whose intervals mean nothing."""
+    if fit.sigma > EXACT or len(points) <= len(fit.names):
+        return []
+    text = (
+        f"the law meets every run to {fit.sigma:.1g}: such values are computed, not measured, and errors and "
+        "intervals say nothing"
+    )
+    return found("no_noise", "note", text, fit.sigma)
 
 
 def start_scatter(fit: Fit, points: Points) -> Found:
@@ -58,8 +70,9 @@ def rounding(fit: Fit, points: Points, value: Callable[[dict[str, float]], np.nd
     ratio = float(np.mean(np.log(np.abs(value(rounded) / value(fit.parameters)))))
     if abs(ratio) < 1e-3:
         return []
+    what = "losses" if law.target == "L" else law.target
     text = (
-        "exponents of 2 digits and coefficients of 3 would shift the predicted losses by "
+        f"exponents of 2 digits and coefficients of 3 would shift the predicted {what} by "
         f"{math.expm1(ratio):+.2%} on average (residual deviation {fit.sigma:.2%}): print 6 digits or more"
     )
     return found("rounding", "note", text, ratio)
@@ -69,7 +82,7 @@ def residuals(fit: Fit, points: Points) -> Found:
     """Heavy tails (pitfall 5) and trends of the residuals."""
     r = np.asarray(fit.residuals, float)
     free = len(fit.names)
-    if len(r) < max(8, free + 3):
+    if len(r) < max(8, free + 3) or fit.sigma < EXACT:
         return []
     out: Found = []
     spread = 1.4826 * float(np.median(np.abs(r - np.median(r)))) * math.sqrt(len(r) / (len(r) - free))
@@ -153,6 +166,8 @@ def identification(fit: Fit, points: Points) -> Found:
             )
             out += found("E_not_identified", "warning", text, value)
     law = LAWS.get(fit.law)
+    if law and law.separable and len(law.terms) == 1:
+        return out + _trends(fit)
     levels = {*LEVELS, *(c for c, _ in law.terms)} if law else set()
     for name in fit.names:
         if law is None or name == floor or name in levels:
@@ -170,6 +185,22 @@ def identification(fit: Fit, points: Points) -> Found:
                 + f" at {fit.level:.0%}. Other values fit as well and predict other optima"
             )
             out += found("flat_ridge", "warning", text, [name, *(ends or [])])
+    return out
+
+
+def _trends(fit: Fit) -> Found:
+    """A single power is a straight line of the logs: it has no ridge, but an exponent may be no trend."""
+    out: Found = []
+    for _, factors in LAWS[fit.law].terms:
+        for name, role, _ in factors:
+            ends = _widest(fit, name) if name in fit.names else None
+            if ends is not None and None not in ends and ends[0] < 0 < ends[1]:
+                text = (
+                    f"{name} = {fit.parameters[name]:.4g} cannot be told from 0 at {fit.level:.0%} "
+                    f"({ends[0]:.4g} to {ends[1]:.4g}): no trend in {role.removeprefix('log_')} is shown; "
+                    f"--fix={name}=0 leaves it out"
+                )
+                out += found("no_trend", "warning", text, [name, *ends])
     return out
 
 
@@ -229,6 +260,8 @@ def influence(
         dropped: rows that it has left out.
     """
     out: Found = []
+    if fit.sigma < EXACT:
+        return []
     limit = 1.0 + 4.0 * math.sqrt(len(dropped) / len(points))
     for name, error in errors.items():
         shift = without[name] - fit.parameters[name]
@@ -243,4 +276,4 @@ def influence(
     return out
 
 
-CHECKS = (few_points, start_scatter, residuals, at_bound, intervals, identification)
+CHECKS = (few_points, no_noise, start_scatter, residuals, at_bound, intervals, identification)

@@ -430,10 +430,10 @@ def _derive(values: dict[str, np.ndarray], needs: Sequence[str], notes: list[str
     with np.errstate(divide="ignore", invalid="ignore"):
         if "D" not in values and {"N", "C"} <= set(values):
             values["D"] = values["C"] / (FLOPS * values["N"])
-            notes.append("the table gives no tokens: D = C/(6N)")
+            notes.append("--columns names no tokens: D = C/(6N)")
         elif "C" not in values and {"N", "D"} <= set(values):
             values["C"] = FLOPS * values["N"] * values["D"]
-            notes.append("the table gives no FLOPs: C = 6ND")
+            notes.append("--columns names no FLOPs: C = 6ND")
         elif "N" not in values and {"C", "D"} <= set(values) and "N" in needs:
             values["N"] = values["C"] / (FLOPS * values["D"])
-            notes.append("the table gives no parameters: N = C/(6D)")
+            notes.append("--columns names no parameters: N = C/(6D)")

@@ -29,7 +29,7 @@ def test_tokens_come_from_the_identity_and_the_note_says_so(table):
     points, excluded, notes = select(table(PLAIN), ROLES)
     np.testing.assert_allclose(points.D, points.C / (6 * points.N), rtol=1e-15)
     assert excluded == []
-    assert notes == ["the table gives no tokens: D = C/(6N)"]
+    assert notes == ["--columns names no tokens: D = C/(6N)"]
     assert points.rows.tolist() == [0, 1, 2, 3]
 
 
@@ -38,7 +38,7 @@ def test_given_tokens_are_used_and_flops_derived(table):
     points, _, notes = select(t, {"N": "n", "D": "d"})
     assert points.D.tolist() == [1e8, 1e8]
     np.testing.assert_allclose(points.C, [6e14, 1.2e15])
-    assert notes == ["the table gives no FLOPs: C = 6ND"]
+    assert notes == ["--columns names no FLOPs: C = 6ND"]
 
 
 def test_every_row_left_out_has_its_rule(table):
