@@ -76,9 +76,8 @@ def mixed_rows(points: Points, law: str) -> Found:
     """Rows of one N and D whose losses differ by more than seeds do: several things in one table."""
     if "lr" in points.extra or not np.isfinite(points.L).all():
         return []
-    further = LAWS[law].inputs if law in LAWS else ()
-    inputs = [points.N, points.D, *(points.extra[role] for role in further if role in points.extra)]
-    _, label = np.unique(np.stack(inputs, -1), axis=0, return_inverse=True)
+    inputs = np.stack([points.N, points.D, *_further(points, law)], -1)
+    _, label = np.unique(inputs, axis=0, return_inverse=True)
     ranges = [float(np.ptp(np.log(points.L[label.ravel() == k]))) for k in np.unique(label)]
     several = [r for r, n in zip(ranges, np.bincount(label.ravel()), strict=True) if n > 1]
     if not several or (middle := float(np.median(several))) < MIXED:
@@ -89,6 +88,12 @@ def mixed_rows(points: Points, law: str) -> Found:
         "one kind of row with --where, or each with --group"
     )
     return found("mixed_rows", "warning", text, middle)
+
+
+def _further(points: Points, law: str) -> list[np.ndarray]:
+    """The columns that the law reads beside N, D, C and L."""
+    roles = LAWS[law].inputs if law in LAWS else ()
+    return [points.extra[role] for role in roles if role in points.extra]
 
 
 def _cells(points: Points) -> np.ndarray:
@@ -228,7 +233,7 @@ def odd_units(points: Points, law: str) -> Found:
 
 def duplicate_rows(points: Points, law: str) -> Found:
     """The same run twice, which a bootstrap takes for two (pitfall 3)."""
-    runs = np.stack([points.N, points.D, points.C, points.L], -1)
+    runs = np.stack([points.N, points.D, points.C, points.L, *_further(points, law)], -1)
     _, first, counts = np.unique(runs, axis=0, return_index=True, return_counts=True)
     copies = len(runs) - len(counts)
     if not copies or not np.isfinite(points.L).all():

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from jaxlm.scaling.design_checks import mixed_rows
+from jaxlm.scaling.design_checks import duplicate_rows, mixed_rows
 from jaxlm.scaling.fit import run_fit
 from jaxlm.scaling.fit_table import fit_command
 from jaxlm.scaling.laws import LAWS, predict
@@ -72,6 +72,9 @@ def test_unique_tokens_and_tokens_that_are_swapped(swapped):
     fit = run_fit(points, "data_constrained", fixed=held, draws=0, starts=4, profile=False)
     found = alarms(fit, "warning")
     assert ("no_repeats" in found) == swapped
+    same = Points(*(np.ones(2) for _ in "NDCL"), extra={"U": np.arange(2) + 1.0})
+    assert duplicate_rows(same, "data_constrained") == []
+    assert len(duplicate_rows(same, "chinchilla")) == 1
     if swapped:
         assert "swapped?" in found["no_repeats"]["text"]
     else:
