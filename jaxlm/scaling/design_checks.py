@@ -13,6 +13,7 @@ from jaxlm.scaling.vertices import size_labels, sizes
 Found = list[dict]
 PORIAN_BATCH = 128 * 2048  # tokens: at or below it, beta2 = .95 was too low
 MIXED = 0.05  # median range of log loss within the cells of one (N, D), from which it is no seed noise
+GRID = 2.0  # ratio of learning rates or batches of one cell, from which they are no repeats of one optimum
 PREFIXES = {"G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18, "Z": 1e21}  # of FLOPs; PF-days are 8.64e19
 
 
@@ -88,6 +89,26 @@ def mixed_rows(points: Points, law: str) -> Found:
         "one kind of row with --where, or each with --group"
     )
     return found("mixed_rows", "warning", text, middle)
+
+
+def not_optima(points: Points, law: str) -> Found:
+    """A whole grid of learning rates or batches in a law of the best one of each cell."""
+    target = LAWS[law].target if law in LAWS else ""
+    if target not in ("lr", "batch") or target not in points.extra:
+        return []
+    values = points.extra[target]
+    inputs = [points.N, points.D, points.C, *([points.L] if "L" in LAWS[law].inputs else [])]
+    _, label = np.unique(np.nan_to_num(np.stack(inputs, -1)), axis=0, return_inverse=True)
+    ratios = [values[label.ravel() == k].max() / values[label.ravel() == k].min() for k in np.unique(label)]
+    grids = sum(ratio > GRID for ratio in ratios)
+    if not grids:
+        return []
+    text = (
+        f"{grids} of {len(ratios)} cells of the same runs hold several {target}, up to a factor "
+        f"{max(ratios):.3g} apart: the law is of the best {target} of each. Keep that row of each cell, "
+        "or the minimum of a smooth curve through its losses"
+    )
+    return found("not_optima", "warning", text, int(grids))
 
 
 def _further(points: Points, law: str) -> list[np.ndarray]:
@@ -242,7 +263,7 @@ def duplicate_rows(points: Points, law: str) -> Found:
     again = np.setdiff1d(np.arange(len(runs)), first)
     text = (
         f"{copies} of {len(runs)} runs repeat another's N, D, C and loss to the last digit (rows "
-        f"{', '.join(map(str, rows[again][:8]))}): copies say nothing new and make every interval too "
+        f"{', '.join(map(str, rows[again][:8]))} from 0): copies say nothing new and make every interval too "
         "narrow. Keep one of each"
     )
     return found("duplicate_rows", "warning", text, copies)
@@ -276,4 +297,5 @@ CHECKS = (
     duplicate_rows,
     no_repeats,
     mixed_rows,
+    not_optima,
 )

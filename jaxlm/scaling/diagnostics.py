@@ -21,7 +21,7 @@ The pitfalls of the literature, and what stands against each:
    9  checkpoints of a decayed schedule           checkpoints_as_runs
   10  scatter of starts as a standard error       impossible: intervals come from resampling, covariance or
                                                   profile; start_scatter says so
-  11  best-of-grid selection                      best_of_grid
+  11  best-of-grid selection                      best_of_grid, not_optima
   12  data that do not give the published number  impossible to miss: fit.json holds the data's hash, rows and
                                                   exclusions; `jaxlm selftest scaling` names its sources
   13  downstream errors that cancel               cancelling_errors (`two_step` reports both steps)

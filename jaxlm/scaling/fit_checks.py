@@ -268,7 +268,7 @@ def influence(
         if error > 0 and abs(shift) > limit * error:
             text = (
                 f"without the {len(dropped)} runs of largest residual (rows "
-                f"{', '.join(map(str, dropped[:8]))}) {name} goes from {fit.parameters[name]:.4g} to "
+                f"{', '.join(map(str, dropped[:8]))} from 0) {name} goes from {fit.parameters[name]:.4g} to "
                 f"{without[name]:.4g}, {abs(shift) / error:.2g} standard errors: look at these runs, and "
                 "report both"
             )

@@ -129,3 +129,17 @@ def test_flops_in_gigaflop_are_named(tmp_path):
     (fit,) = quick(path, roles + "*1e9", tmp_path / "b")
     assert "odd_units" not in alarms(fit)
     assert fit.data["columns"]["C"] == "throughput/total_gflops*1e9"
+
+
+@pytest.mark.parametrize("law", ["lr_power", "lr_compute"])
+def test_a_whole_grid_is_no_table_of_optima(law):
+    """Every rate that was tried, not the best: the fit says so, and not of two optima by two seeds."""
+    n, d, _ = rectangle()
+    best = 0.4 * n**-0.4 * d**0.1
+    rng = np.random.default_rng(0)
+    for factors, told in (([0.25, 0.5, 1, 2, 4], True), ([0.9, 1.1], False)):
+        lr = np.concatenate([best * f for f in factors]) * np.exp(rng.normal(0, 0.02, len(n) * len(factors)))
+        a, b = (np.tile(v, len(factors)) for v in (n, d))
+        points = Points(a, b, 6 * a * b, np.full(len(a), np.nan), extra={"lr": lr})
+        found = alarms(run_fit(points, law, objective="log_mse", draws=0, profile=False), "warning")
+        assert ("not_optima" in found) == told
