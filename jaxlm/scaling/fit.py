@@ -23,6 +23,7 @@ from jaxlm.scaling.table import Points
 from jaxlm.scaling.varpro import solve_varpro
 
 METHODS = ("surface", "varpro", "envelope", "parabola", "akima", "robust")
+LOOKS = 3  # times that a lower objective is looked for around an optimum
 SAME = 1e-8  # relative to the objective: starts that end within it found the same optimum
 # Derived numbers whose interval is symmetric, and what they may be; the others are positive scales.
 IDENTITY = {"a": (0.0, 1.0), "b": (0.0, 1.0), "c": (0.0, np.inf)}
@@ -130,16 +131,20 @@ def _fit_surface(
     found = dataclasses.replace(found, phi=_on_bounds(problem, found.phi))
     shape = uncertainty.curvature(problem, found.phi)
     profiles, notes = {}, []
+    for _ in range(LOOKS if method == "surface" and uncertainty.kinked(problem, found.phi) else 0):
+        lower = solve.look_around(problem, found.phi, shape.gauss_newton, seed)
+        if lower is None:
+            break
+        found = _continued(problem, found, lower)
+        notes = ["around the best end of the starts a lower objective was found: the fit goes on from there"]
+        shape = uncertainty.curvature(problem, found.phi)
     if profile:
         profiles, better = _profiles(problem, found.phi, shape, level)
         if better is not None and method == "varpro":
             # Its search is exhaustive over the exponents: the cross-check says so and keeps its own answer.
             notes.append("a profile met a lower objective than the search over the exponents did")
         elif better is not None:
-            again = solve.solve(problem, problem.coordinates(better)[None])
-            lower = [{**s, "gap": s["value"] - again.value} for s in found.starts]
-            phi = _on_bounds(problem, again.phi)
-            found = dataclasses.replace(again, phi=phi, starts=[*lower, *again.starts])
+            found = _continued(problem, found, better)
             notes.append("a profile led to a lower objective than any start: the fit goes on from there")
             shape = uncertainty.curvature(problem, found.phi)
             profiles, _ = _profiles(problem, found.phi, shape, level)
@@ -225,6 +230,13 @@ def _fit_surface(
             "jaxlm": __version__,
         },
     )
+
+
+def _continued(problem: Problem, found: solve.Solution, phi: np.ndarray) -> solve.Solution:
+    """The optimum near a point that is lower than the best end of all starts, which keep their own ends."""
+    again = solve.solve(problem, problem.coordinates(phi)[None], near=True)
+    starts = [{**s, "gap": s["value"] - again.value} for s in found.starts]
+    return dataclasses.replace(again, phi=_on_bounds(problem, again.phi), starts=[*starts, *again.starts])
 
 
 def _derived(problem: Problem, p: np.ndarray) -> dict[str, np.ndarray]:

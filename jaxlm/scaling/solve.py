@@ -23,6 +23,9 @@ TOLERANCE = 1e-13  # of the objective, relative: a problem is solved when a Newt
 STALLED = 1e-9  # the same where no step descends: rounding, or a point that no step leads away from
 ITERATIONS = 5000  # of Newton at most: along a bent valley (mixtures of experts) a few take thousands
 FIRST_DELTA = 0.1  # of the Huber objective that brings a start near, in log loss
+AROUND = 64  # points around an optimum from which a lower one is looked for
+REACH = 1.5  # their standard deviation in a coordinate, at most: a ridge has no standard error
+LOWER = 1e-7  # of the objective, relative, by which an optimum is a lower one
 ALIVE = (-3.0, 1.0)  # log of a power term over the mean target at a start: a dead term stays dead
 
 
@@ -189,14 +192,40 @@ def first_points(problem: Problem, starts: Array) -> Array:
     return problem.free(z)
 
 
-def solve(problem: Problem, starts: Array) -> Solution:
-    """The best optimum from starts z (S, P), each of which is followed to its own end."""
-    phi = first_points(problem, starts)
+def look_around(problem: Problem, phi: Array, covariance: Array, seed: int) -> Array | None:
+    """A point (F,) of lower objective than an optimum phi, or None.
+
+    Where a kink is narrower than the residuals, an optimum is one of several along a ridge, and every start
+    that came over a wide Huber objective ends in the same one. AROUND points within about two standard
+    deviations of phi, by the covariance (F, F), are followed to their own ends without it.
+    """
+    scale = np.sqrt(np.minimum(np.nan_to_num(np.diagonal(covariance), nan=np.inf), REACH**2))
+    with np.errstate(invalid="ignore"):
+        tied = np.nan_to_num(covariance / np.sqrt(np.outer(*[np.diagonal(covariance)] * 2)))
+    np.fill_diagonal(tied, 1.0)
+    values, vectors = np.linalg.eigh((tied + tied.T) / 2)
+    normal = np.random.default_rng((seed, 2)).standard_normal((AROUND, len(phi)))
+    points = phi + 2 * scale * (normal * np.sqrt(np.maximum(values, 0.0)) @ vectors.T)
+    with np.errstate(over="ignore", invalid="ignore"):
+        found, value, _, _ = refit(problem, points, iterations=400)
+    here = float(objective_value(problem, problem.residuals(phi)[0]))
+    best = int(np.nanargmin(np.where(np.isfinite(value), value, np.inf)))
+    return found[best] if value[best] < here * (1 - LOWER) else None
+
+
+def solve(problem: Problem, starts: Array, *, near: bool = False) -> Solution:
+    """The best optimum from starts z (S, P), each of which is followed to its own end.
+
+    `near`: the starts are close to optima already, and are not brought near by a wide Huber objective.
+    """
+    phi = problem.free(starts) if near else first_points(problem, starts)
     smooth = LAD_DELTAS[0] if problem.objective == "lad" else problem.delta
     scale = 1 / smooth if problem.objective == "huber" else 1.0
     wide = max(FIRST_DELTA, smooth)
-    phi, _, _, steps = newton(problem, phi, delta=wide, iterations=100, tolerance=1e-6, loose=True)
-    steps = steps.copy()
+    steps = np.zeros(len(phi), int)
+    if not near:
+        phi, _, _, steps = newton(problem, phi, delta=wide, iterations=100, tolerance=1e-6, loose=True)
+        steps = steps.copy()
 
     def fun(at: Array) -> tuple[float, Array]:
         r, jac = problem.residuals(at)

@@ -89,10 +89,15 @@ def bootstrap(
     failed = draws - int(good.sum())
     if block is not None:
         return Bootstrap(p[good], "block", draws, failed)
-    beyond = np.abs(problem.residuals(phi)[0]) > problem.delta
-    kinked = problem.objective == "lad" or (problem.objective == "huber" and beyond.mean() >= KINKED)
-    factor = _second_draws(problem, phi, phis[good], times[good], seed) if kinked else 1.0
+    kink = kinked(problem, phi)
+    factor = _second_draws(problem, phi, phis[good], times[good], seed) if kink else 1.0
     return Bootstrap(p[good], "case", draws, failed, factor)
+
+
+def kinked(problem: Problem, phi: Array) -> bool:
+    """Whether many runs lie beyond the smooth part of the objective at phi."""
+    beyond = np.abs(problem.residuals(phi)[0]) > problem.delta
+    return problem.objective == "lad" or (problem.objective == "huber" and bool(beyond.mean() >= KINKED))
 
 
 def _second_draws(problem: Problem, phi: Array, phis: Array, times: Array, seed: int) -> float:

@@ -1,5 +1,6 @@
 """Made-up tables in the shapes in which others publish theirs: what a fit of each says and does not say."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -9,6 +10,8 @@ from jaxlm.scaling.design_checks import duplicate_rows, mixed_rows
 from jaxlm.scaling.fit import run_fit
 from jaxlm.scaling.fit_table import fit_command
 from jaxlm.scaling.laws import LAWS, predict
+from jaxlm.scaling.problem import make_problem
+from jaxlm.scaling.solve import look_around, solve
 from jaxlm.scaling.table import Points
 
 P = dict(E=1.8, A=480.0, B=2000.0, alpha=0.34, beta=0.36)
@@ -143,3 +146,27 @@ def test_a_whole_grid_is_no_table_of_optima(law):
         points = Points(a, b, 6 * a * b, np.full(len(a), np.nan), extra={"lr": lr})
         found = alarms(run_fit(points, law, objective="log_mse", draws=0, profile=False), "warning")
         assert ("not_optima" in found) == told
+
+
+def test_a_lower_optimum_beside_the_one_that_was_found_is_seen():
+    """Two wells: the search from the start ends in the shallow one, a look around it finds the deep one."""
+
+    def wells(z, x):
+        alpha = z[..., 2, None]
+        shallow, deep = (
+            h * np.exp(-(((alpha - at) / 0.02) ** 2)) for h, at in ((0.010, 0.30), (0.015, 0.40))
+        )
+        r = 0.02 - shallow - deep + 0 * x["D"]
+        slope = 2 / 0.02**2 * (shallow * (alpha - 0.30) + deep * (alpha - 0.40)) + 0 * x["D"]
+        jac = np.zeros((*r.shape, 3))
+        jac[..., 2] = np.exp(r) * slope
+        return np.exp(r), jac
+
+    d, one = np.geomspace(1e6, 1e9, 8), np.ones(8)
+    problem = make_problem(Points(d, d, d, one), "loss_d", "huber", 1e-3, fixed=dict(E=0.5, A=1.0))
+    problem = dataclasses.replace(problem, law=dataclasses.replace(problem.law, form=wells))
+    found = solve(problem, np.array([[0.5, 0.0, 0.31]]), near=True)
+    assert found.phi == pytest.approx([0.30], abs=1e-3)
+    lower = look_around(problem, found.phi, np.array([[0.05**2]]), seed=0)
+    assert lower == pytest.approx([0.40], abs=1e-3)
+    assert look_around(problem, lower, np.array([[0.05**2]]), seed=0) is None
