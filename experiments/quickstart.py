@@ -50,8 +50,8 @@ def get_config(size: str = "full") -> ConfigDict:
 
     config.sample.temperature = 0.8
     train = config.train
-    train.num_steps = 420
-    train.eval_every = train.sample_every = train.save_every = 210
+    train.num_steps = 450
+    train.eval_every = train.sample_every = train.save_every = 225
     train.sample_prompts = ("FALSTAFF.", "To be, or")
 
     if size == "smoke":

@@ -1,5 +1,6 @@
 """Eight emulated CPU devices and a compilation cache for every test, set before JAX starts."""
 
+import gc
 import importlib.metadata
 import os
 from pathlib import Path
@@ -19,6 +20,9 @@ import jax
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".cache" / "jax-tests"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+# Tracing makes objects by the million that live on: looking through them often is a twentieth of the time.
+gc.set_threshold(50_000, 20, 50)
 
 # A process takes whole files, in this order: one that started last would keep the others waiting.
 LONGEST = (

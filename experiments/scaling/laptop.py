@@ -8,7 +8,7 @@ Command:
     jaxlm plan --config=experiments/scaling/laptop.py --workdir=runs/laptop
     jaxlm sweep --workdir=runs/laptop
     jaxlm collect --workdir=runs/laptop
-    jaxlm fit --table=runs/laptop/table.csv --out=runs/laptop/fits/surface
+    jaxlm fit --table=runs/laptop/table.csv --block=n_total --out=runs/laptop/fits/surface
     jaxlm plan --config=experiments/scaling/laptop.py:holdout --workdir=runs/laptop --name=holdout
     jaxlm sweep --workdir=runs/laptop
     jaxlm report --workdir=runs/laptop
@@ -19,9 +19,10 @@ Last run: 2026-11-22, on the library without its tests (12 MB), with other centr
     --name=large --config.grid.budgets=1e13, --config.grid.centers=430e3,
     --config.run.data.train='data/library/train/*.txt' --config.run.data.eval='data/library/heldout/*.txt'
 34 runs, all finished, interior minima at all four budgets. At 4e13 FLOPs, four times the largest: 1.2400
-(95% 1.2029 to 1.2766) predicted, 1.2056 measured: inside, and 2.8% off, more than the 2% aimed at. Exponent a
-of N*(C) .63 (95% .52 to .71) by the surface, .61, .60, .52 by parabola, robust parabola and Akima, all inside
-each other's intervals. E is not identified (.93, 95% .60 to 1.04). What limits the fit: a model of one layer
+(95% 1.1859 to 1.2903) predicted, 1.2056 measured: inside, and 2.8% off, more than the 2% aimed at. Exponent a
+of N*(C) .63 (95% .43 to .84) by the surface, .61, .61, .52 by parabola, robust parabola and Akima, all inside
+each other's intervals. E is not identified (.93, 95% .01 to 1.13). Sizes are resampled whole, as residuals of
+one size share a third of their variance (intraclass correlation .31; F = 2.0 with 11 and 16 degrees). What limits the fit: a model of one layer
 more than its neighbours (272k) lies below their curve at 3e12 and 1e13, and losses fall faster than the law
 between 1e13 and 4e13. A fit of the three smaller budgets alone had predicted 1.3658 (1.3204 to 1.4031) at
 1.2e13, where 1.3149 was measured: outside. The best learning rate was 4e-3 at both sizes that were tuned.

@@ -10,7 +10,7 @@ Command:
     jaxlm plan --config=experiments/scaling/smoke.py --workdir=runs/smoke $lr
     jaxlm sweep --workdir=runs/smoke
     jaxlm collect --workdir=runs/smoke
-    jaxlm fit --table=runs/smoke/table.csv --tie=alpha=beta --out=runs/smoke/fits/surface
+    jaxlm fit --table=runs/smoke/table.csv --tie=alpha=beta --block=n_total --out=runs/smoke/fits/surface
     jaxlm plan --config=experiments/scaling/smoke.py:holdout --workdir=runs/smoke --name=holdout $lr
     jaxlm sweep --workdir=runs/smoke && jaxlm collect --workdir=runs/smoke
     jaxlm predict --fit=runs/smoke/fits/surface/fit.json --budget=4e12
@@ -83,7 +83,7 @@ def get_config(part: str = "grid") -> ConfigDict:
     if part == "tune":
         grid.kind, grid.centers = "lr_batch", ()
         grid.budgets, grid.sizes = (1e11,), (25e3,)
-        grid.lrs = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
+        grid.lrs = (2e-3, 4e-3, 8e-3, 16e-3)
     if part == "holdout":
         grid.role = "holdout"
         grid.budgets, grid.centers = (4e12,), ()
