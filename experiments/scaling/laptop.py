@@ -22,10 +22,11 @@ Last run: 2026-11-22, on the library without its tests (12 MB), with other centr
 (95% 1.1859 to 1.2903) predicted, 1.2056 measured: inside, and 2.8% off, more than the 2% aimed at. Exponent a
 of N*(C) .63 (95% .43 to .84) by the surface, .61, .61, .52 by parabola, robust parabola and Akima, all inside
 each other's intervals. E is not identified (.93, 95% .01 to 1.13). Sizes are resampled whole, as residuals of
-one size share a third of their variance (intraclass correlation .31; F = 2.0 with 11 and 16 degrees). What limits the fit: a model of one layer
-more than its neighbours (272k) lies below their curve at 3e12 and 1e13, and losses fall faster than the law
-between 1e13 and 4e13. A fit of the three smaller budgets alone had predicted 1.3658 (1.3204 to 1.4031) at
-1.2e13, where 1.3149 was measured: outside. The best learning rate was 4e-3 at both sizes that were tuned.
+one size share a third of their variance (intraclass correlation .31; F = 2.0 with 11 and 16 degrees). What
+limits the fit: a model of one layer more than its neighbours (272k) lies below their curve at 3e12 and 1e13,
+and losses fall faster than the law between 1e13 and 4e13. A fit of the three smaller budgets alone had
+predicted 1.3658 (1.3204 to 1.4031, resampling runs) at 1.2e13, where 1.3149 was measured: outside. The best
+learning rate was 4e-3 at both sizes that were tuned.
 Report: results/laptop/report.md
 
 Differs from `smoke.py` in its activation (GELU), its budgets, its depth, which grows with the width
