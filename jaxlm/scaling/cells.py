@@ -74,15 +74,19 @@ def _read_json(path: Path, text: str) -> tuple[dict[str, np.ndarray], np.ndarray
     lines = None
     try:
         found = json.loads(text)
+    except RecursionError:
+        raise UserError(what) from None
     except ValueError:
-        numbered = [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+        numbered = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
         lines, found = np.array([i for i, _ in numbered], int), []
         for i, line in numbered:
             try:
                 found.append(json.loads(line))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"table {str(path)!r}, line {i}: not JSON: {error}") from None
     if isinstance(found, dict):
+        keys = {tuple(v) for v in found.values() if isinstance(v, dict)}
+        check(len(keys) <= 1, f"{what}; here the columns name other rows, or name them in another order")
         parts = [list(v.values()) if isinstance(v, dict) else v for v in found.values()]
         check(all(isinstance(v, list) and len(v) == len(parts[0]) for v in parts), what)
         check(not any(isinstance(cell, (list, dict)) for v in parts for cell in v), what)

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import gzip
 import hashlib
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -26,7 +27,9 @@ HINTS = {
     "C": ("flops", "train_flop", "train_flops", "flop", "c"),
     "loss": ("loss", "val_loss", "nll", "loss_nats"),
 }
-SHARES = ("sparsity", "accuracy", "error")  # roles whose values are shares of 1
+SHARES = ("sparsity", "accuracy", "error")  # roles whose values are shares of 1: 52% is read, 70M is not
+COUNTS = ("N", "D", "C", "U")  # 70M is read, 52% is not
+PLAIN = ("loss", "sigma", "lr")  # neither: a sigma of 5% may be of the loss, a rate of 3m may be milli
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +101,7 @@ class Table:
 
 
 def read_table(path: str | Path) -> Table:
-    """Reads a .csv, .tsv, .json, .jsonl or .parquet file, packed by gzip or not.
+    """Reads a .csv, .tsv, .json or .jsonl file, packed by gzip or not, or a .parquet file.
 
     Text is separated by tabs in .tsv, else by commas, or by what else its first line holds of `; tab |` if it
     holds no comma; what begins with a brace or a bracket is JSON. Cells that say in a usual way that there is
@@ -118,7 +121,7 @@ def read_table(path: str | Path) -> Table:
     if content.startswith(b"\x1f\x8b"):
         try:
             content = gzip.decompress(content)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"table {str(path)!r} cannot be unpacked: {error}") from None
     packed = content.startswith((b"PK\x03\x04", b"BZh"))
     check(not packed, f"table {str(path)!r} is packed: unpack it first (unzip; a workbook: save as CSV)")
@@ -160,7 +163,8 @@ def resolve(table: Table, columns: Mapping[str, str]) -> dict[str, str]:
     """
     out = dict(columns)
     for role, column in columns.items():
-        table.require(scaled(table, column)[0], f"--columns={role}={column}")
+        name = column if role == "block" else scaled(table, column)[0]  # labels are not multiplied
+        table.require(name, f"--columns={role}={column}")
     ours = OURS in table.columns
     known = ours or not {"N", "D", "C"} & set(columns)
     for role, column in (DEFAULTS | (EXTRAS if ours else {})).items():
@@ -172,31 +176,54 @@ def resolve(table: Table, columns: Mapping[str, str]) -> dict[str, str]:
 def scaled(table: Table, text: str) -> tuple[str, float]:
     """The column that `--columns` names and its factor: `gflops*1e9`, unless that is a column's name."""
     column, star, factor = (part.strip() for part in text.rpartition("*"))
-    if not star or text in table.columns or (value := number(factor)) is None or not 0 < value < np.inf:
+    named = text in table.columns or text in table.twice
+    if not star or named or (value := number(factor)) is None or not 0 < value < np.inf:
         return text, 1.0
     return column, value
 
 
-def _numeric(table: Table, name: str, notes: list[str]) -> tuple[Float64[np.ndarray, "R"], np.ndarray]:
+def _numeric(
+    table: Table, role: str, name: str, notes: list[str]
+) -> tuple[Float64[np.ndarray, "R"], np.ndarray]:
     """A column as numbers, and the positions of cells that are none and do not say so; both are NaN.
 
-    Numbers with a suffix are read, with a note. `name` may hold a factor, see `scaled`.
+    Numbers with a suffix that the role takes are read, with a note. `name` may hold a factor, see `scaled`.
     """
     column, factor = scaled(table, name)
     values = table.columns[column]
     if values.dtype.kind == "f":
         return values if factor == 1 else values * factor, np.zeros(0, int)
     read = [number(cell) for cell in values]
-    sized = [i for i, value in enumerate(read) if value is None and suffixed(values[i]) is not None]
-    for i in sized:
-        read[i] = suffixed(values[i])
+    sized = [i for i, value in enumerate(read) if value is None and _suffix_fits(role, values[i])]
     if sized:
+        first = str(values[sized[0]])
+        check(
+            factor == 1,
+            f"--columns={role}={name}: column {column!r} has {first!r}, and a suffix does not go together "
+            "with a factor: write such cells out, or leave the factor away",
+        )
+        small = [str(values[i]) for i, value in enumerate(read) if i not in sized and 0 < (value or 0) < 1e3]
+        check(
+            role not in COUNTS or not small,
+            f"table {table.path!r}, column {column!r}: {', '.join(small[:1])} beside {first}: in which unit? "
+            "Give every cell a suffix, or none",
+        )
+        for i in sized:
+            read[i] = suffixed(values[i])
         notes.append(
-            f"column {column!r}: {len(sized)} cells such as {str(values[sized[0]])!r} are read as "
+            f"column {column!r}: {len(sized)} cells such as {first!r} are read as "
             f"{read[sized[0]]:g}; counts that are not rounded fit better"
         )
     odd = np.flatnonzero([value is None for value in read])
     return factor * np.array([np.nan if value is None else value for value in read], float), odd
+
+
+def _suffix_fits(role: str, cell: str) -> bool:
+    """Whether a cell is a number with a suffix that such a column may have."""
+    if role in PLAIN or suffixed(cell) is None:
+        return False
+    percent = cell.strip().endswith("%")
+    return role not in (COUNTS if percent else SHARES)
 
 
 def _no_number(table: Table, role: str, column: str, position: int, all_odd: bool) -> UserError:
@@ -208,6 +235,8 @@ def _no_number(table: Table, role: str, column: str, position: int, all_odd: boo
         hint = f"nor is any other cell of the column: name another for {role} in --columns"
     if "," in cell and number(cell.replace(",", "")) is not None:
         hint = "numbers are written without commas, as 1234.5"
+    elif suffixed(cell) is not None:
+        hint = f"a suffix is read in counts, % in {', '.join(SHARES)}; write the number out"
     return UserError(
         f"table {table.path!r}, {table.place(position)}, column {column!r}: {cell!r} is not a number; {hint}"
     )
@@ -234,6 +263,7 @@ def select(
     where: str = "",
     drop_highest: int = 0,
     drop_status: bool = True,
+    refuse: bool = True,
     needs: Sequence[str] = ("N", "D", "L"),
 ) -> tuple[Points, list[Exclusion], list[str]]:
     """The points of a table, the rows left out and why, and notes on what was derived.
@@ -245,6 +275,8 @@ def select(
       drop_highest: leaves out that many rows of highest loss, after every other rule.
       drop_status: leaves out rows that our own tables mark by `exclude` or `status`; in other tables the
         two are columns as any.
+      refuse: whether a cell that is no number, or a sigma that is not positive, is an error; else its row
+        is left out by the rule `value`.
       needs: the roles that the law reads or fits; a row needs finite positive values of all of them.
 
     Raises:
@@ -257,7 +289,7 @@ def select(
     values, odd = {}, {}
     for role, column in names.items():
         if role != "block":
-            values[role], odd[role] = _numeric(table, column, notes)
+            values[role], odd[role] = _numeric(table, role, column, notes)
     if "loss" in values:
         values["L"] = values.pop("loss")
     _derive(values, needs, notes)
@@ -294,11 +326,11 @@ def select(
         mask = where_mask(where, derived | table.columns | asked)
     for role, positions in odd.items():
         for i in positions:
-            if mask[i] and i not in gone:
+            if mask[i] and i not in gone and refuse:
                 raise _no_number(table, role, names[role], i, len(positions) == count)
-            if not mask[i]:
-                leave_out(i, "where", where)
-    for role in dict.fromkeys(needs):
+            leave_out(i, *(("value", f"{role} is no number") if mask[i] else ("where", where)))
+    weights = ["sigma"] if "sigma" in values and not refuse else []
+    for role in dict.fromkeys([*needs, *weights]):
         v = values[role]
         if role in SHARES:
             large = [i for i in np.flatnonzero(v > 1) if mask[i] and i not in gone]

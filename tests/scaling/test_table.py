@@ -442,3 +442,50 @@ def test_where_refuses_everything_else(text):
 def test_where_says_how_and_is_written(text):
     with pytest.raises(UserError, match="write `and`, `or` and `not`"):
         where_mask(text, COLUMNS)
+
+
+def test_suffixes_are_read_where_they_can_mean_one_thing(table):
+    """A percent of a loss, a rate in milli, a factor on top, 70 beside 1.4B: each is refused."""
+    head = "n,d,loss,rate,share\n"
+    t = table(head + "70M,1e9,4%,3m,52%\n1.4B,1e9,3%,4m,53%\n")
+    points, _, _ = select(t, {"N": "n", "D": "d", "loss": "d", "accuracy": "share"})
+    assert (points.N.tolist(), points.extra["accuracy"].tolist()) == ([70e6, 1.4e9], [0.52, 0.53])
+    for role, column in (("loss", "loss"), ("sigma", "loss"), ("lr", "rate"), ("U", "share"), ("error", "n")):
+        with pytest.raises(UserError, match="a suffix is read in counts, % in sparsity, accuracy, error"):
+            select(t, {"N": "n", "D": "d", "loss": "d", role: column})
+    with pytest.raises(UserError, match="has '70M', and a suffix does not go together with a factor"):
+        select(t, {"N": "n*1e6", "D": "d", "loss": "d"})
+    with pytest.raises(UserError, match=r"70 beside 1[.]4B: in which unit"):
+        select(table(head + "70,1e9,4,1,1\n1.4B,1e9,3,1,1\n"), {"N": "n", "D": "d"})
+
+
+def test_labels_are_not_multiplied_and_a_doubled_name_is_no_factor(table):
+    with pytest.raises(UserError, match=r"no column 'kind\*2'"):
+        select(table(PLAIN), ROLES | {"block": "kind*2"})
+    with pytest.raises(UserError, match=r"the column 'n\*2' twice"):
+        select(table("n,n*2,n*2,d,loss\n1,2,3,4,5\n"), {"N": "n*2", "D": "d"})
+
+
+def test_damaged_and_odd_files_are_refused_in_one_line(table, tmp_path):
+    path = tmp_path / "t.csv.gz"
+    packed = gzip.compress(PLAIN.encode())
+    for content in (packed[:10] + b"\xff" * 20 + packed[-8:], packed[:-9], b"\x1f\x8b"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="cannot be unpacked"):
+            read_table(path)
+    with pytest.raises(UserError, match="is JSON and no table"):
+        table("[" * 100_000, "t.json")
+    with pytest.raises(UserError, match="the columns name other rows"):
+        table('{"n": {"0": 1, "1": 2}, "loss": {"1": 3, "0": 4}}', "t.json")
+    two = table('{"n": 1, "k": "a\u2028b"}\n{"n": 2, "k": "c"}\n', "t.jsonl")
+    assert two.columns["n"].tolist() == [1, 2]
+
+
+def test_a_reader_that_refuses_nothing_leaves_such_rows_out(table):
+    """What a report reads again was fitted already, with a --where that it need not repeat."""
+    t = table("n,d,loss,s\n1e6,1e8,3,.1\n2e6,1e8,diverged,.1\n4e6,1e8,2,0\n")
+    roles = {"N": "n", "D": "d", "loss": "loss", "sigma": "s"}
+    points, left_out, _ = select(t, roles, refuse=False)
+    assert (points.rows.tolist(), [(e.row, e.rule) for e in left_out]) == ([0], [(1, "value"), (2, "value")])
+    with pytest.raises(UserError, match="'diverged' is not a number"):
+        select(t, roles)
