@@ -9,13 +9,16 @@ import dataclasses
 
 import numpy as np
 
-from jaxlm.scaling.bands import has_optimum, is_surface
+from jaxlm.errors import UserError
+from jaxlm.scaling.bands import LEAST_DRAWS, has_optimum, is_surface
 from jaxlm.scaling.comparisons import HeldOut
 from jaxlm.scaling.evidence import Evidence, fitted_points, judged, refit
+from jaxlm.scaling.record import Fit
 from jaxlm.scaling.table import Points
 from jaxlm.scaling.vertices import find_budgets, size_labels
 
 LEAST_BUDGETS = 3  # that a fit is made from
+LATEST = 5  # budgets that are predicted, the largest ones: each costs a refit of every fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +44,7 @@ class BackTest:
 
 
 def back_tests(evidence: Evidence) -> tuple[list[BackTest], str]:
-    """Every fit that has an optimum, at every budget that leaves three below; and why there is none.
+    """Every fit that has an optimum, at the largest budgets that leave three below; and why there is none.
 
     Line methods predict the lowest loss of a budget, where the mean over seeds counts: the luckiest seed's
     would be too low.
@@ -57,7 +60,7 @@ def back_tests(evidence: Evidence) -> tuple[list[BackTest], str]:
         budgets, _ = find_budgets(points)
         if len(budgets) <= LEAST_BUDGETS:
             why = f"the runs have {len(budgets)} budgets, {LEAST_BUDGETS + 1} are needed"
-        for i in range(LEAST_BUDGETS, len(budgets)):
+        for i in range(max(LEAST_BUDGETS, len(budgets) - LATEST), len(budgets)):
             largest = budgets[i - 1].flops
             between = np.sqrt(largest * budgets[i].flops)
             below = np.flatnonzero(between > points.C)
@@ -65,10 +68,21 @@ def back_tests(evidence: Evidence) -> tuple[list[BackTest], str]:
             test = BackTest(label, budgets[i].flops, budgets[i].flops / largest, len(below), [], again.text)
             if again.fit is not None:
                 new, ids = points.take(budgets[i].index), [names[j] for j in budgets[i].index]
-                runs = judged(again.fit, *((new, ids) if is_surface(fit) else _one_a_size(new, ids)))
-                test = dataclasses.replace(test, runs=runs, text="" if runs else "no line of losses")
+                runs, text = _judged(again.fit, *((new, ids) if is_surface(fit) else _one_a_size(new, ids)))
+                test = dataclasses.replace(test, runs=runs, text=text)
             out.append(test)
     return out, "" if out else why
+
+
+def _judged(fit: Fit, points: Points, names: list[str]) -> tuple[list[HeldOut], str]:
+    """The runs beside their predictions, or why there are none."""
+    if len(fit.draws) < LEAST_DRAWS:
+        return [], f"{len(fit.draws)} bootstrap draws: no interval"
+    try:
+        runs = judged(fit, points, names)
+    except UserError as error:
+        return [], f"refused: {error}"
+    return runs, "" if runs else "no line of losses"
 
 
 def _one_a_size(points: Points, names: list[str]) -> tuple[Points, list[str]]:

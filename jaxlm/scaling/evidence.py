@@ -225,7 +225,7 @@ def _extra_names(fit: Fit) -> list[str]:
 
 def _whole(table: Table, fit: Fit) -> tuple[Points, list[str]]:
     """All rows of the table that have the numbers, in the fit's columns, and what to call each."""
-    points, _, _ = select(table, _columns(fit), drop_status=False)
+    points, _, _ = select(table, _columns(fit), drop_status=False, refuse=False)
     ids = texts(table, "id")
     return points, [ids[row] or f"row {row}" for row in points.rows]
 
@@ -264,7 +264,7 @@ def variants(evidence: Evidence) -> list[Variant]:
     names = _columns(main)
     for label, n, c in CONVENTIONS:
         if {n, c} <= table.columns.keys():
-            counted, _, _ = select(table, {**names, "N": n, "C": c}, drop_status=False)
+            counted, _, _ = select(table, {**names, "N": n, "C": c}, drop_status=False, refuse=False)
             counted = counted.take(np.flatnonzero(np.isin(counted.rows, seen.rows)))
             out.append(refit(main, counted, "counting convention", label))
     out.append(_without_smallest(main, seen))

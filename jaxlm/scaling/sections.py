@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxlm.errors import UserError
 from jaxlm.scaling import comparisons, figures
-from jaxlm.scaling.backtest import BackTest
+from jaxlm.scaling.backtest import LATEST, BackTest
 from jaxlm.scaling.bands import describe, has_optimum, is_surface, points_of, typical_inputs
 from jaxlm.scaling.comparisons import HeldOut, Row
 from jaxlm.scaling.evidence import Evidence, Variant, by_compute, exponent, held_out, texts
@@ -335,7 +335,8 @@ def backtest(tests: Sequence[BackTest], why: str) -> list[Block]:
     text = (
         "Each fit again without its largest budgets, against the runs of the next one: how far a step of "
         "extrapolation was off among the runs that are there. An error that keeps its sign is a bias, and "
-        "the next step has it too. A method may be chosen by this table; by the hold-out it may not."
+        "the next step has it too. A method may be chosen by this table; by the hold-out it may not. "
+        f"Of more than {LATEST} budgets the largest {LATEST} are predicted."
     )
     if not tests:
         return [*out, Text(f"No back-test: {why}.")]

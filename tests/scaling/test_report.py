@@ -11,9 +11,10 @@ import pytest
 
 from jaxlm.errors import UserError
 from jaxlm.scaling import page
-from jaxlm.scaling.backtest import back_tests
+from jaxlm.scaling.backtest import LATEST, back_tests
 from jaxlm.scaling.evidence import gather, held_out
 from jaxlm.scaling.fit import run_fit
+from jaxlm.scaling.fit_table import fit_command
 from jaxlm.scaling.optima import fit_isoflop
 from jaxlm.scaling.page import Bullets, Grid, Heading, Summary, Text, to_html, to_markdown
 from jaxlm.scaling.record import save_fit
@@ -227,6 +228,26 @@ def test_a_back_test_predicts_the_largest_budget_from_those_below(tmp_path, bend
     none, why = back_tests(dataclasses.replace(evidence, fits={"surface": fewer}))
     assert none == []
     assert "the runs have 3 budgets, 4 are needed" in why
+
+
+def test_a_back_test_that_cannot_judge_says_so_and_the_report_goes_on(tmp_path):
+    """Three sizes a budget tell no noise; a loss that is a word was left out by the fit's own --where."""
+    rows = []
+    for budget in np.geomspace(1e18, 1e20, 10):
+        for factor in (0.25, 1.0, 4.0):
+            n = 0.13 * budget**0.5 * factor
+            d = budget / (6 * n)
+            rows.append((n, d, budget, 1.69 + 406 / n**0.34 + 410 / d**0.28))
+    lines = [",".join(map(repr, map(float, row))) for row in rows]
+    (tmp_path / "table.csv").write_text("\n".join(["N,D,C,loss", *lines, "1e8,1e9,6e17,diverged"]))
+    columns = "N=N,D=D,C=C,loss=loss"
+    common = dict(where="loss >= 0", out=str(tmp_path / "fits" / "p"), plots=False, draws=30)
+    fit_command(str(tmp_path / "table.csv"), columns, method="parabola", **common)
+    evidence = gather(tmp_path)
+    tests, _ = back_tests(evidence)
+    assert [t.budget for t in tests] == pytest.approx(np.geomspace(1e18, 1e20, 10)[-LATEST:])
+    assert {t.text for t in tests} == {"0 bootstrap draws: no interval"}
+    assert held_out(evidence, evidence.main)[0] == []
 
 
 def test_a_table_that_changed_since_the_fit_is_told(tmp_path):
