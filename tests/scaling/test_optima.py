@@ -372,6 +372,22 @@ def test_draws_are_a_function_of_the_seed():
     assert one != other
 
 
+def test_the_scatter_of_few_vertices_is_known_badly():
+    """Vertices that scatter by 20%, not by noise: intervals of a hold the truth as often as they claim."""
+    budgets, inside, scattered = np.geomspace(1e18, 1e22, 4), 0, 0
+    plain = isoflop(0.35, 0.35, budgets, noise=0.0005)
+    for seed in range(60):
+        shift = np.exp(np.repeat(np.random.default_rng(seed).normal(0, 0.2, len(budgets)), 9))
+        moved = dataclasses.replace(plain, L=loss(plain.N * shift, plain.D / shift, 0.35, 0.35))
+        noisy = np.exp(np.random.default_rng([seed, 1]).normal(0, 0.0005, len(moved)))
+        fit = fit_isoflop(dataclasses.replace(moved, L=moved.L * noisy), draws=100, seed=seed)
+        low, high = fit.intervals["a"]["bootstrap"]
+        scattered += fit.settings["excess_scatter"] > 0
+        inside += (low <= 0.5 <= high) and fit.settings["excess_scatter"] > 0
+    assert scattered > 40
+    assert inside / scattered > 0.9  # .68 where the scatter counts as known
+
+
 def test_vertices_off_their_line_count_alike_and_widen_the_intervals():
     """Budgets of few, wide sizes are as far off as the others where it is not noise that moves them."""
     budgets = np.geomspace(1e18, 1e22, 8)
