@@ -33,7 +33,7 @@ from jaxlm.sharding import MeshConfig, make_mesh
 TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
 GPUS = tuple(gpu.KINDS)
 GPUS_OF_HOST = 8
-PODS = {"v4": 4096, "v5e": 256, "v5p": 8960, "v6e": 256, "tpu7x": 9216}  # chips of the largest slice
+PODS = {"v4": 4096, "v5e": 256, "v5p": 8960, "v6e": 256, "tpu7x": 9216}  # chips of a pod: no slice has more
 EMULATED = 4096  # CPU devices at most: each has a thread
 _ALIASES = {"v7x": "tpu7x"}
 _ENVIRONMENT = {
