@@ -5,8 +5,7 @@ Both end in power laws of the training FLOPs C,
     N*(C) = exp(log_kN) C^a      D*(C) = exp(log_kD) C^b      L*(C) = E_L + exp(log_kL) C^-c
 
 N* and D* are fitted separately, so that a + b and C / (N* D*) check each other. The floor E_L is fitted from
-three optima on; with two, L* is a plain power law (E_L = 0, and not among the fit's `names`), too low far
-out.
+three optima on; with two, L* is a plain power law (E_L = 0, not among the fit's `names`), too low far out.
 
 Envelope (Hoffmann et al. 2022, section 3.1): every size's loss is interpolated linearly in log C, log L, and
 at 1500 log-spaced C the best size is taken. Where the best size changes, N* is the geometric mean of the two;
