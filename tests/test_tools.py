@@ -504,6 +504,7 @@ def test_standard_workload_has_the_stated_size():
     assert (round(blocks / 1e6, 1), round(total / 1e6, 1)) == (10.6, 16.9)
 
 
+@pytest.mark.slow
 def test_reference_is_the_same_workload_as_jaxlm(workload):
     bench, shape, flat, tokens = workload
     losses = {name: bench.VARIANTS[name](shape, flat, tokens)(4) for name in ("plain", "jaxlm")}

@@ -89,6 +89,7 @@ def test_what_is_missing_surplus_and_misshapen_is_listed(folder, tmp_path):
     assert "model.norm.weight has shape [31], the config asks for [32]" in text
 
 
+@pytest.mark.slow
 def test_a_masked_model_may_come_with_what_it_was_trained_with(tmp_path):
     """As the first BERT's files do: a pooler, next sentences, and norms of gamma and beta."""
     encoder = dict(causal=False, norm="layernorm", norm_position="post", embed_norm=True, activation="gelu")
@@ -144,6 +145,7 @@ def test_only_a_class_of_pairs_speaks_of_pairs(tmp_path):
         rows.next_sentence_logits(ids)
 
 
+@pytest.mark.slow
 def test_generation_config_says_how_to_generate(folder, tmp_path):
     shutil.copytree(folder / "whole", tmp_path / "in")
     prompt = np.asarray([[5, 6, 7]])

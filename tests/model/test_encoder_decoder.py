@@ -127,6 +127,7 @@ def test_steps_through_the_caches_are_the_forward_pass(params):
     np.testing.assert_allclose(np.concatenate(parts, axis=1), want, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_scan_loop_and_remat_are_the_same_training_step():
     batch, key = packed(), jax.random.key(3)
     attention = dataclasses.replace(CFG.attention, pattern=("local",))
@@ -146,6 +147,7 @@ def test_scan_loop_and_remat_are_the_same_training_step():
             assert np.abs(b).max() > 0, name
 
 
+@pytest.mark.slow
 def test_the_table_is_shared_unless_the_encoder_has_a_vocabulary():
     shared = dict(named_leaves(tf.abstract_params(CFG)))
     cfg = dataclasses.replace(CFG, encoder=dataclasses.replace(CFG.encoder, vocab_size=57))
@@ -197,6 +199,7 @@ def test_sizes_without_an_encoder_and_a_decoder_without_inputs_are_refused(param
     assert encoder_of(CFG).attention.num_heads == 2
 
 
+@pytest.mark.slow
 def test_texts_depend_on_their_own_inputs_and_greedy_ones_are_the_forward_pass(params):
     generator = Generator(decoder(CFG), eos_ids=())
     inputs, prompts = [[5, 7, 2, 9, 9, 1, 4], [3, 8], [30]], [[1], [1, 6, 6], [1]]

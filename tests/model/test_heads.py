@@ -64,6 +64,7 @@ def test_a_model_without_classes_says_so():
         heads.class_logits(BASE, {}, jnp.zeros((1, 1, 24)))
 
 
+@pytest.mark.slow
 def test_shared_layers_are_copies_whose_gradients_add_up():
     cfg = dataclasses.replace(BASE, shared_layers=2, embed_dim=16, remat="full", init_std=0.3)
     apart = dataclasses.replace(cfg, shared_layers=1, scan=False, remat="none")

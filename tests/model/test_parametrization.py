@@ -161,6 +161,7 @@ def test_every_leaf_has_one_role_and_is_decayed_and_orthogonalised_by_it():
 FAN_IN = dict(init_std=0.0, scale_embeddings=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cfg", "kind"),
     [
@@ -181,6 +182,7 @@ def test_the_base_model_is_the_standard_one_to_the_bit(cfg, kind, params_of):
             assert not any(optimizer_options(same, OptimConfig(name=name)).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init_std", [0.02, 0.0])
 def test_initial_sizes(init_std, params_of):
     m = 4

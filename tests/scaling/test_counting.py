@@ -238,6 +238,7 @@ def test_shares_of_a_tiny_model():
     assert counts.flops_train == dense + counts.flops_attention + counts.flops_head
 
 
+@pytest.mark.slow
 def test_exact_closed_form_of_grouped_gated_windowed_and_routed():
     D, N, K, H, F, V, E, T, w = 64, 8, 2, 16, 96, 128, 4, 64, 24
     cfg = TransformerConfig(

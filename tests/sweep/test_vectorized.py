@@ -279,6 +279,7 @@ def crash_at(step):
     return stop
 
 
+@pytest.mark.slow
 def test_resume_equals_uninterrupted_to_the_bit(words, together, tmp_path):
     """Stopped by a signal after an odd step, then thrown out between two saves, then left alone."""
     cells = folders(members(words), tmp_path)

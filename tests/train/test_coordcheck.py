@@ -148,6 +148,7 @@ def test_slopes_and_verdicts():
     assert re.search(r"logits +.* \+0.40 .*FAIL\nmup: FAIL$", made(0.4).text())
 
 
+@pytest.mark.slow
 def test_the_picture_and_the_command(tmp_path, capsys, monkeypatch):
     from matplotlib.image import imread
 

@@ -57,14 +57,13 @@ def train(offload, mesh, microbatches):
     return losses, state, built.target
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "microbatches", "offloads"),
     [
         pytest.param(MeshConfig(data=1), 1, ("optimizer", "all"), id="one"),
-        pytest.param(MeshConfig(data=1, fsdp=2, expert=2), 1, ("all",), id="experts", marks=pytest.mark.slow),
-        pytest.param(
-            MeshConfig(data=2, fsdp=2), 2, ("optimizer",), id="microbatches", marks=pytest.mark.slow
-        ),
+        pytest.param(MeshConfig(data=1, fsdp=2, expert=2), 1, ("all",), id="experts"),
+        pytest.param(MeshConfig(data=2, fsdp=2), 2, ("optimizer",), id="microbatches"),
     ],
 )
 def test_what_is_kept_on_the_host_trains_alike_and_comes_back(mesh, microbatches, offloads, tmp_path):

@@ -138,6 +138,7 @@ def test_frozen_parameters_do_not_move_and_have_no_optimizer_state(toy):
     assert changed == {"head/w"}
 
 
+@pytest.mark.slow
 def test_replace_params_makes_the_optimizer_state_anew(toy):
     optimizer, layout = toy.optimizer(ema=0.5), toy.layout(fsdp=8)
     state, _ = create_state(toy.init, optimizer, 0, layout=layout, table=toy.AXES)
