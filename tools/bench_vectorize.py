@@ -223,7 +223,7 @@ def main() -> None:
         work(flags)
         return
     if flags.quick:
-        flags.dims, flags.sides, flags.cells, flags.steps = "16", "alone,all", 2, 10
+        flags.dims, flags.sides, flags.cells, flags.steps = "16", "alone,all", 2, 20
         flags.rounds, flags.silent, flags.seq_len = 1, True, 16
     flags.sides = flags.sides.split(",")
     if unknown := set(flags.sides) - set(SIDES):
